@@ -1,0 +1,37 @@
+"""The CPU device: arrays are numpy arrays, and moving one is doing nothing."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COMPUTE_DTYPE = np.float32  # of parameters, gradients and activations in a run
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """A zeroed array, aligned to 64 bytes: a cache line, and a vector register of AVX-512."""
+    dtype = np.dtype(dtype)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.zeros(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def to_device(host: np.ndarray) -> np.ndarray:
+    """host as an array of this device."""
+    return host
+
+
+def to_host(array: np.ndarray) -> np.ndarray:
+    """array as a numpy array."""
+    return array
+
+
+def available_bytes() -> int:
+    """Memory that a run can still take, in bytes: the kernel's estimate, or all there is where it gives none."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

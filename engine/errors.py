@@ -1,0 +1,48 @@
+"""What can go wrong for a user, and the exit code that says so. The codes are an interface: scripts rely on them.
+
+    0 done · 2 usage · 3 data · 4 checkpoint or disk · 5 does not fit in memory · 6 non-finite, gave up
+    75 stopped on request and saved: run the same command again
+"""
+
+
+class UserError(Exception):
+    """A mistake or misfortune that the user can mend: what, where, why and what to do, without a traceback."""
+
+    exit_code: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} (exit {self.exit_code}): {super().__str__()}"
+
+
+class UsageError(UserError):
+    """An option that is unknown, contradictory or impossible."""
+
+    exit_code, kind = 2, "usage error"
+
+
+class DataError(UserError):
+    """A token file, text or tokenizer that cannot be used."""
+
+    exit_code, kind = 3, "data error"
+
+
+class CheckpointError(UserError):
+    """A checkpoint or run directory that cannot be written or read."""
+
+    exit_code, kind = 4, "checkpoint error"
+
+
+class OutOfMemoryError(UserError):
+    """The run needs more memory than there is."""
+
+    exit_code, kind = 5, "memory error"
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient stayed NaN or infinite."""
+
+    exit_code, kind = 6, "numerical error"
+
+
+STOPPED_AND_SAVED = 75  # EX_TEMPFAIL of sysexits.h

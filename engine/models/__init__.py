@@ -1,0 +1,1 @@
+"""Models: parameters and activations declared in tables, forward, and backward as its mirror."""

@@ -1,0 +1,21 @@
+"""The vocabulary of operations in which the model, the optimizer and the trainer are written.
+
+Two implementations share names, argument order and meaning: `numpy` is the specification and the CPU device,
+`cuda` launches `kernels_cu/*.cu`. Every operation is a module with its forward and backward side by side.
+
+What every operation promises:
+- Outputs come first, then inputs, then what forward saved, then options. The gradient of `x` is `dx`.
+- `=` or `+=` is part of the contract: gradients of parameters and of the residual stream accumulate (`+=`), every
+  other output is overwritten (`=`). Each docstring says which.
+- Arrays are C-contiguous and allocated by the caller. Scratch memory belongs to the implementation.
+- Shapes: B sequences, T tokens, C channels, NH heads of HS = C / NH, V tokens in the vocabulary padded to Vp,
+  N = B * T rows, OC output channels.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+
+def load(device: str) -> ModuleType:
+    """The operations of `device`: a namespace with one module for each operation."""
+    return import_module(f"engine.ops.{device}")

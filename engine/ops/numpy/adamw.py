@@ -1,0 +1,63 @@
+"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2) on flat buffers.
+
+g = clip * grads
+m = beta1 * m + (1 - beta1) * g           v = beta2 * v + (1 - beta2) * g^2
+master -= lr * (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay * master)
+params  = master, rounded to their dtype
+"""
+
+import math
+
+import numpy as np
+
+from engine.ops.numpy.memory import for_each_block, scratch
+
+
+def update(
+    params: np.ndarray,
+    master: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    grads: np.ndarray,
+    clip: np.ndarray,
+    skip: np.ndarray,
+    *,
+    t: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """params (n) =, master (n) +=, m (n) =, v (n) =; grads (n) are read; t counts updates from 1.
+
+    clip () scales the gradient and skip () != 0 leaves everything as it is: both are arrays that the device decided
+    on (guard.decide), so that no host waits. master may be params itself where their dtypes agree.
+    """
+    if skip:
+        return
+    step_size = lr / (1 - beta1**t)
+    v_scale = 1 / math.sqrt(1 - beta2**t)
+
+    def update_block(block: slice) -> None:
+        x, mb, vb = master[block], m[block], v[block]
+        g = np.multiply(grads[block], clip.astype(x.dtype), out=scratch("adamw.g", x.shape, x.dtype))
+        tmp = scratch("adamw.tmp", x.shape, x.dtype)
+
+        mb *= beta1
+        mb += np.multiply(g, 1 - beta1, out=tmp)
+        vb *= beta2
+        g *= g
+        vb += np.multiply(g, 1 - beta2, out=tmp)
+
+        np.sqrt(vb, out=tmp)
+        tmp *= v_scale
+        tmp += eps
+        np.divide(mb, tmp, out=tmp)
+        tmp *= step_size
+        x *= 1 - lr * weight_decay
+        x -= tmp
+        if params is not master:
+            params[block] = x
+
+    for_each_block(update_block, master.size, 1)

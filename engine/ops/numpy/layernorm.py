@@ -1,0 +1,84 @@
+"""Layer normalisation over channels (Ba et al. 2016, arXiv 1607.06450, section 3).
+
+forward   mean = sum_c(inp) / C      rstd = 1 / sqrt(sum_c((inp - mean)^2) / C + EPS)
+          out  = (inp - mean) * rstd * weight + bias
+
+backward  with xhat = (inp - mean) * rstd and g = dout * weight
+          dinp    += rstd * (g - sum_c(g) / C - xhat * sum_c(g * xhat) / C)
+          dweight += sum_n(dout * xhat)      dbias += sum_n(dout)
+"""
+
+import numpy as np
+
+from engine.ops.numpy.memory import column_sums, for_each_block, rows, scratch
+
+EPS = 1e-5  # GPT-2's
+
+
+def forward(
+    out: np.ndarray,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    inp: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+) -> None:
+    """out (B,T,C) = layernorm(inp (B,T,C)); mean (B,T) = and rstd (B,T) = are kept for backward."""
+    inp, out, mean, rstd = rows(inp), rows(out), mean.reshape(-1, 1), rstd.reshape(-1, 1)
+    N, C = inp.shape
+
+    def normalize(block: slice) -> None:
+        x, y = inp[block], out[block]
+        np.mean(x, axis=1, keepdims=True, out=mean[block])
+        np.subtract(x, mean[block], out=y)
+        variance = np.einsum("nc,nc->n", y, y)[:, None] / C
+        np.divide(1, np.sqrt(variance + EPS), out=rstd[block])
+        y *= rstd[block]
+        y *= weight
+        y += bias
+
+    for_each_block(normalize, N, C)
+
+
+def backward(
+    dinp: np.ndarray,
+    dweight: np.ndarray,
+    dbias: np.ndarray,
+    dout: np.ndarray,
+    inp: np.ndarray,
+    weight: np.ndarray,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    dinp_sum: np.ndarray | None = None,
+) -> None:
+    """dinp (B,T,C) +=, dweight (C) +=, dbias (C) +=.
+
+    dinp is the residual stream's gradient: what has come down the skip connection is already in it. dinp_sum (C) +=,
+    if given, receives the column sums of the finished dinp: the bias gradient of the projection that wrote inp,
+    for the price of no extra pass over memory.
+    """
+    dinp, dout, inp = rows(dinp), rows(dout), rows(inp)
+    mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
+    N, C = inp.shape
+
+    def denormalize(block: slice) -> tuple[np.ndarray, ...]:
+        dx, dy, x = dinp[block], dout[block], inp[block]
+        xhat = np.subtract(x, mean[block], out=scratch("layernorm.xhat", x.shape, x.dtype))
+        xhat *= rstd[block]
+        sums = [np.einsum("nc,nc->c", dy, xhat), dy.sum(axis=0)]
+        g = np.multiply(dy, weight, out=scratch("layernorm.g", x.shape, x.dtype))
+        g_mean = g.mean(axis=1, keepdims=True)
+        xhat *= np.einsum("nc,nc->n", g, xhat)[:, None] / C
+        g -= g_mean
+        g -= xhat
+        g *= rstd[block]
+        dx += g
+        if dinp_sum is not None:
+            sums.append(dx.sum(axis=0))
+        return tuple(sums)
+
+    dweight_part, dbias_part, *dinp_part = column_sums(denormalize, N, C)
+    dweight += dweight_part
+    dbias += dbias_part
+    if dinp_sum is not None:
+        dinp_sum += dinp_part[0]

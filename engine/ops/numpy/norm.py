@@ -1,0 +1,16 @@
+"""The global gradient norm, over a flat buffer."""
+
+import numpy as np
+
+from engine.ops.numpy.memory import blocks
+
+
+def squared(out: np.ndarray, grads: np.ndarray) -> None:
+    """out () = sum of the squares of grads (n).
+
+    Two stages, as on a GPU: a sum for each block in the dtype of grads, then the blocks in out's. Blocks are fixed,
+    so the same gradients give the same bits.
+    """
+    out[...] = sum(
+        float(np.einsum("n,n->", part, part)) for part in (grads[block] for block in blocks(grads.size, 1))
+    )

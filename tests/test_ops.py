@@ -1,0 +1,298 @@
+"""Every numpy operation: backward against the complex step, and what its contract says of = and +=."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from engine import ops
+from engine.ops.numpy import memory
+from tests.gradcheck import assert_gradient, complex_step
+
+OPS = ops.load("numpy")
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape)
+
+
+def tokens(V: int, *shape: int) -> np.ndarray:
+    return RNG.integers(0, V, shape).astype(np.int32)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """Several blocks even at test sizes, so that their borders are tested."""
+    monkeypatch.setattr(OPS.attention, "QUERIES", 3)
+    monkeypatch.setattr(memory, "BLOCK", 20)
+
+
+def test_embedding():
+    B, T, C, V = 3, 5, 4, 6
+    inp, wte, wpe, dout = tokens(V, B, T), normal(V, C), normal(8, C), normal(B, T, C)
+
+    def loss(wte, wpe):
+        dtype = np.result_type(wte, wpe)
+        out = np.empty((B, T, C), dtype)
+        OPS.embedding.forward(out, inp, wte.astype(dtype), wpe.astype(dtype))
+        return (out * dout).sum()
+
+    before_e, before_p = normal(V, C), normal(8, C)
+    dwte, dwpe = before_e.copy(), before_p.copy()
+    OPS.embedding.backward(dwte, dwpe, dout, inp)
+    assert_gradient(dwte - before_e, complex_step(lambda z: loss(z, wpe), wte), "wte")
+    assert_gradient(dwpe - before_p, complex_step(lambda z: loss(wte, z), wpe), "wpe")
+
+
+def test_layernorm():
+    B, T, C = 2, 5, 6
+    inp, weight, bias, dout = normal(B, T, C), normal(C), normal(C), normal(B, T, C)
+
+    def forward(inp, weight, bias):
+        dtype = np.result_type(inp, weight, bias)
+        out, mean, rstd = np.empty((B, T, C), dtype), np.empty((B, T), dtype), np.empty((B, T), dtype)
+        OPS.layernorm.forward(out, mean, rstd, inp.astype(dtype), weight, bias)
+        return out, mean, rstd
+
+    def loss(inp, weight, bias):
+        return (forward(inp, weight, bias)[0] * dout).sum()
+
+    _, mean, rstd = forward(inp, weight, bias)
+    before = SimpleNamespace(inp=normal(B, T, C), weight=normal(C), bias=normal(C), sum=normal(C))
+    dinp, dweight, dbias, dsum = (x.copy() for x in vars(before).values())
+    OPS.layernorm.backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, dsum)
+    assert_gradient(dinp - before.inp, complex_step(lambda z: loss(z, weight, bias), inp), "inp")
+    assert_gradient(dweight - before.weight, complex_step(lambda z: loss(inp, z, bias), weight), "weight")
+    assert_gradient(dbias - before.bias, complex_step(lambda z: loss(inp, weight, z), bias), "bias")
+    np.testing.assert_allclose(dsum - before.sum, dinp.sum(axis=(0, 1)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("with_gelu", [True, False])
+def test_linear(with_bias, with_residual, with_gelu):
+    """A linear layer whose input was gelu(pre) if with_gelu, and whose output goes through GELU if with_gelu too."""
+    B, T, C, OC = 2, 5, 4, 6
+    pre, weight, dout = normal(B, T, C), normal(OC, C), normal(B, T, OC)
+    bias = normal(OC) if with_bias else None
+    residual = normal(B, T, OC) if with_residual else None
+
+    def gelu(x):
+        out = np.empty_like(x)
+        OPS.gelu.forward(out, x)
+        return out
+
+    def forward(pre, weight, bias):
+        dtype = np.result_type(pre, weight, bias if with_bias else pre)
+        inp = gelu(pre) if with_gelu else pre
+        out, pre_gelu = np.empty((B, T, OC), dtype), np.empty((B, T, OC), dtype)
+        OPS.linear.forward(
+            out, inp, weight, bias, residual=residual, pre_gelu=pre_gelu if with_gelu else None
+        )
+        if with_gelu:
+            np.testing.assert_array_equal(out, gelu(pre_gelu))
+            return pre_gelu
+        return out
+
+    def loss(pre, weight, bias):
+        return (forward(pre, weight, bias) * dout).sum()
+
+    before_w, before_b = normal(OC, C), normal(OC)
+    dinp, dweight, dbias = np.full((B, T, C), np.nan), before_w.copy(), before_b.copy()
+    inp = gelu(pre) if with_gelu else pre
+    OPS.linear.backward(
+        dinp, dweight, dbias if with_bias else None, dout, inp, weight, pre_gelu=pre if with_gelu else None
+    )
+    assert_gradient(dinp, complex_step(lambda z: loss(z, weight, bias), pre), "inp")
+    assert_gradient(dweight - before_w, complex_step(lambda z: loss(pre, z, bias), weight), "weight")
+    if with_bias:
+        assert_gradient(dbias - before_b, complex_step(lambda z: loss(pre, weight, z), bias), "bias")
+    expected = inp @ weight.T + (bias if with_bias else 0) + (residual if with_residual else 0)
+    np.testing.assert_allclose(forward(pre, weight, bias), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gelu():
+    x, dout = normal(3, 5, 4) * 3, normal(3, 5, 4)
+
+    def loss(x):
+        out = np.empty_like(x)
+        OPS.gelu.forward(out, x)
+        return (out * dout).sum()
+
+    dx = dout.copy()
+    OPS.gelu.backward(dx, x)
+    assert_gradient(dx, complex_step(loss, x))
+    expected = [0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in x.ravel()]
+    out = np.empty_like(x)
+    OPS.gelu.forward(out, x)
+    # 1 + tanh cancels where x is far below zero: the rounding is relative to x, not to the result.
+    assert (np.abs(out.ravel() - expected) <= 2**-52 * np.abs(x.ravel())).all()
+
+
+@pytest.mark.parametrize("T", [1, 3, 7])
+def test_attention(T):
+    B, NH, HS = 2, 2, 3
+    C = NH * HS
+    qkv, dout = normal(B, T, 3 * C), normal(B, T, C)
+
+    def forward(qkv):
+        out, lse = np.empty((B, T, C), qkv.dtype), np.empty((B, NH, T), qkv.dtype)
+        OPS.attention.forward(out, lse, qkv)
+        return out, lse
+
+    out, lse = forward(qkv)
+    dqkv = np.full_like(qkv, np.nan)
+    OPS.attention.backward(dqkv, dout, qkv, out, lse)
+    assert_gradient(dqkv, complex_step(lambda z: (forward(z)[0] * dout).sum(), qkv))
+
+    for b, h, t in np.ndindex(B, NH, T):
+        q, k, v = (qkv[b, :, i * C + h * HS : i * C + (h + 1) * HS] for i in range(3))
+        score = k[: t + 1] @ q[t] / math.sqrt(HS)
+        p = np.exp(score) / np.exp(score).sum()
+        np.testing.assert_allclose(out[b, t, h * HS : (h + 1) * HS], p @ v[: t + 1], rtol=1e-12)
+        np.testing.assert_allclose(lse[b, h, t], np.log(np.exp(score).sum()), rtol=1e-12)
+
+
+def test_attention_is_stable_and_causal():
+    """Scores of 1e4 do not overflow, and what comes later, even NaN, reaches nothing before it."""
+    qkv = normal(1, 7, 12) * 100
+    out, lse = np.empty((1, 7, 4)), np.empty((1, 2, 7))
+    OPS.attention.forward(out, lse, qkv)
+    assert np.isfinite(out).all()
+    assert np.isfinite(lse).all()
+    first = out[:, :4].copy()
+    qkv[:, 4:, 4:] += 1e6
+    OPS.attention.forward(out, lse, qkv)
+    np.testing.assert_array_equal(out[:, :4], first)
+
+
+def test_classifier():
+    B, T, V, Vp, dloss = 2, 5, 6, 8, 0.3
+    logits, targets = normal(B, T, Vp), tokens(V, B, T)
+    targets[0, 0], targets[0, 1] = V - 1, 0
+
+    def forward(logits):
+        losses = np.empty((B, T), logits.dtype)
+        OPS.classifier.forward(losses, logits, targets, V)
+        return losses
+
+    losses, dlogits = np.empty((B, T)), logits.copy()
+    OPS.classifier.forward_backward(losses, dlogits, targets, V, dloss)
+    assert_gradient(dlogits, complex_step(lambda z: dloss * forward(z).sum(), logits))
+    np.testing.assert_array_equal(dlogits[..., V:], 0)
+    np.testing.assert_array_equal(losses, forward(logits))
+    p = np.exp(logits[..., :V]) / np.exp(logits[..., :V]).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(losses, -np.log(np.take_along_axis(p, targets[..., None], 2)[..., 0]), rtol=1e-12)
+
+    mean = np.array(0.5)
+    OPS.classifier.add_mean(mean, losses, 0.25)
+    np.testing.assert_allclose(mean, 0.5 + 0.25 * losses.mean(), rtol=1e-14)
+
+
+def test_classifier_is_stable():
+    logits = np.array([[[1e4, -1e4, 0.0]]])
+    losses = np.empty((1, 1))
+    OPS.classifier.forward(losses, logits, np.array([[1]], np.int32), 3)
+    np.testing.assert_allclose(losses, 2e4)
+
+
+def test_global_norm():
+    grads = normal(10).astype(np.float32)
+    out = np.array(7.0)
+    OPS.norm.squared(out, grads)
+    np.testing.assert_allclose(out, (grads.astype(np.float64) ** 2).sum(), rtol=1e-6)
+
+
+ADAMW = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def test_adamw():
+    """Three updates against the textbook's formulas, clipped; the bf16-like copy follows its master."""
+    params, clip = normal(10), np.array(0.5)
+    x, m, v = params.copy(), np.zeros(10), np.zeros(10)
+    master, rounded = params.copy(), params.astype(np.float16)
+    ref, ref_m, ref_v = params.copy(), np.zeros(10), np.zeros(10)
+    for t in (1, 2, 3):
+        grads = normal(10)
+        OPS.adamw.update(x, x, m, v, grads, clip, np.array(0), t=t, **ADAMW)
+        g = 0.5 * grads
+        ref_m = 0.9 * ref_m + 0.1 * g
+        ref_v = 0.95 * ref_v + 0.05 * g**2
+        step = (ref_m / (1 - 0.9**t)) / (np.sqrt(ref_v / (1 - 0.95**t)) + 1e-8)
+        ref = ref - 0.01 * (step + 0.1 * ref)
+        np.testing.assert_allclose(x, ref, rtol=1e-12)
+    master = params.copy()
+    OPS.adamw.update(rounded, master, np.zeros(10), np.zeros(10), grads, clip, np.array(0), t=1, **ADAMW)
+    np.testing.assert_array_equal(rounded, master.astype(np.float16))
+
+
+def test_adamw_skips():
+    x, m, v = normal(10), normal(10), normal(10) ** 2
+    before = [a.copy() for a in (x, m, v)]
+    OPS.adamw.update(x, x, m, v, np.full(10, np.nan), np.array(1.0), np.array(1), t=1, **ADAMW)
+    for after, kept in zip((x, m, v), before, strict=True):
+        np.testing.assert_array_equal(after, kept)
+
+
+class Guard:
+    """guard.decide with its state."""
+
+    def __init__(self, **limits):
+        self.limits = {"max_norm": 1.0, "max_loss_z": math.inf, "max_norm_z": math.inf} | limits
+        self.decision = OPS.guard.Decision(*(np.zeros(()) for _ in OPS.guard.Decision._fields))
+        self.windows = np.zeros((2, OPS.guard.WINDOW + 1))
+
+    def __call__(self, loss, norm):
+        OPS.guard.decide(
+            self.decision, *self.windows, np.array(loss), np.array(norm) ** 2, **self.limits
+        )
+        return self.decision
+
+
+def test_guard_clips():
+    guard = Guard(max_norm=2.0)
+    assert guard(3.0, 1.0).clip == 1
+    assert guard(3.0, 8.0).clip == 0.25
+    assert guard(3.0, 8.0).norm == 8
+    assert Guard(max_norm=math.inf)(3.0, 8.0).clip == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["loss", "norm"])
+def test_guard_skips_what_is_not_finite_and_keeps_its_windows_clean(bad, where):
+    guard = Guard()
+    for _ in range(200):
+        guard(RNG.normal(), 1 + RNG.random())
+    kept = guard.windows.copy()
+    decision = guard(bad if where == "loss" else 0.0, bad if where == "norm" else 1.0)
+    assert decision.skip == 1
+    row = 0 if where == "loss" else 1
+    np.testing.assert_array_equal(guard.windows[row], kept[row])
+    assert guard(0.0, 1.5).skip == 0
+
+
+def test_guard_scores():
+    """No score in the first 128 values; small ones on uniform noise; a large one for a spike."""
+    guard = Guard(max_loss_z=5.0)
+    scores = [float(guard(RNG.uniform(-1, 1), 1.0).loss_z) for _ in range(400)]
+    assert np.isnan(scores[:128]).all()
+    assert np.abs(scores[128:]).max() <= 3
+    spike = guard(10.0, 1.0)
+    assert spike.loss_z > 5
+    assert spike.skip == 1
+    assert spike.norm_z == 0
+
+
+def test_sampling():
+    logits = np.log(np.array([[0.5, 0.25, 0.25, 99.0]] * 4))
+    out = np.empty(4, np.int32)
+    OPS.sampling.sample(out, logits, 3, np.array([0.0, 0.49, 0.51, 0.999]), 1.0)
+    assert out.tolist() == [0, 0, 1, 2]
+    OPS.sampling.sample(out, logits, 3, np.array([0.0, 0.49, 0.51, 0.999]), 0.0)
+    assert out.tolist() == [0, 0, 0, 0]
+    coins = RNG.random(20_000)
+    out = np.empty(20_000, np.int32)
+    OPS.sampling.sample(out, np.log(np.tile([[0.6, 0.3, 0.1]], (20_000, 1))), 3, coins, 1.0)
+    np.testing.assert_allclose(np.bincount(out) / 20_000, [0.6, 0.3, 0.1], atol=0.02)
