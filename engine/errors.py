@@ -1,7 +1,7 @@
 """What can go wrong for a user, and the exit code that says so. The codes are an interface: scripts rely on them.
 
-    0 done · 2 usage · 3 data · 4 checkpoint or disk · 5 does not fit in memory · 6 non-finite, gave up
-    75 stopped on request and saved: run the same command again
+0 done · 2 usage · 3 data · 4 checkpoint or disk · 5 does not fit in memory · 6 non-finite, gave up
+75 stopped on request and saved: the same command with -y 1 goes on · 130 stopped on request, nothing to save to
 """
 
 
@@ -46,3 +46,4 @@ class NonFiniteError(UserError):
 
 
 STOPPED_AND_SAVED = 75  # EX_TEMPFAIL of sysexits.h
+STOPPED = 130  # what a shell reports after Ctrl-C

@@ -117,7 +117,12 @@ def test_initial_values():
     model = make(config, dtype=np.float32)
     initialize(config, model.params.views, 42)
     p = model.params.views
-    for name, std in (("wte", 0.02), ("h.1.fcw", 0.02), ("h.0.fcprojw", 0.02 / 2), ("h.1.attprojw", 0.02 / 2)):
+    for name, std in (
+        ("wte", 0.02),
+        ("h.1.fcw", 0.02),
+        ("h.0.fcprojw", 0.02 / 2),
+        ("h.1.attprojw", 0.02 / 2),
+    ):
         values = p[name][: config.V]
         assert abs(values.std() / std - 1) < 0.1
     np.testing.assert_array_equal(p["wte"][config.V :], 0)

@@ -184,7 +184,9 @@ def test_classifier():
     np.testing.assert_array_equal(dlogits[..., V:], 0)
     np.testing.assert_array_equal(losses, forward(logits))
     p = np.exp(logits[..., :V]) / np.exp(logits[..., :V]).sum(axis=-1, keepdims=True)
-    np.testing.assert_allclose(losses, -np.log(np.take_along_axis(p, targets[..., None], 2)[..., 0]), rtol=1e-12)
+    np.testing.assert_allclose(
+        losses, -np.log(np.take_along_axis(p, targets[..., None], 2)[..., 0]), rtol=1e-12
+    )
 
     mean = np.array(0.5)
     OPS.classifier.add_mean(mean, losses, 0.25)
@@ -245,9 +247,7 @@ class Guard:
         self.windows = np.zeros((2, OPS.guard.WINDOW + 1))
 
     def __call__(self, loss, norm):
-        OPS.guard.decide(
-            self.decision, *self.windows, np.array(loss), np.array(norm) ** 2, **self.limits
-        )
+        OPS.guard.decide(self.decision, *self.windows, np.array(loss), np.array(norm) ** 2, **self.limits)
         return self.decision
 
 

@@ -269,7 +269,9 @@ class GPT2:
         ops.linear.backward(s.dbranch, g.attprojw, None, s.dx, a.att, p.attprojw)
         ops.attention.backward(s.dqkv, s.dbranch, a.qkv, a.att, a.lse)
         ops.linear.backward(s.dbranch, g.qkvw, g.qkvb, s.dqkv, a.ln1, p.qkvw)
-        ops.layernorm.backward(s.dx, g.ln1w, g.ln1b, s.dbranch, x, p.ln1w, a.ln1_mean, a.ln1_rstd, dbias_below)
+        ops.layernorm.backward(
+            s.dx, g.ln1w, g.ln1b, s.dbranch, x, p.ln1w, a.ln1_mean, a.ln1_rstd, dbias_below
+        )
 
     def _activations(self, shape: tuple[int, int]) -> SimpleNamespace:
         """Views of the activation arena for micro-batches of this shape (B,T), no larger than the declared one."""
@@ -288,3 +290,20 @@ class GPT2:
                 _, layer, attribute = name.split(".")
                 setattr(layers[int(layer)], attribute, view)
         return SimpleNamespace(**shared, h=layers)
+
+
+def from_stacked(config: GPT2Config, stacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Parameters by our names from arrays that hold all layers at once, (L, ...), as llm.c's files do.
+
+    Both pad the vocabulary with rows of zeros, but not always the same number of them.
+    """
+    params = {}
+    for name, _ in parameter_table(config):
+        if name.startswith("h."):
+            _, layer, short = name.split(".")
+            params[name] = stacked[short][int(layer)]
+        else:
+            params[name] = stacked[name]
+    params["wte"] = np.zeros((config.Vp, config.C), np.float32)
+    params["wte"][: config.V] = stacked["wte"][: config.V]
+    return params

@@ -18,7 +18,9 @@ import numpy as np
 
 from engine.ops.numpy.memory import for_each_block, scratch
 
-QUERIES = 64  # in a block: enough for a matrix multiply, few enough that little of the masked half is computed
+QUERIES = (
+    64  # in a block: enough for a matrix multiply, few enough that little of the masked half is computed
+)
 
 
 def forward(out: np.ndarray, lse: np.ndarray, qkv: np.ndarray) -> None:
@@ -49,7 +51,12 @@ def backward(dqkv: np.ndarray, dout: np.ndarray, qkv: np.ndarray, out: np.ndarra
     def attend(batch: slice) -> None:
         D = np.einsum("bhtd,bhtd->bht", do[batch], o[batch])
         for queries, keys in _query_blocks(T):
-            qb, kb, vb, dob = q[batch, :, queries], k[batch, :, keys], v[batch, :, keys], do[batch, :, queries]
+            qb, kb, vb, dob = (
+                q[batch, :, queries],
+                k[batch, :, keys],
+                v[batch, :, keys],
+                do[batch, :, queries],
+            )
             P = _scores(qb, kb)
             P -= lse[batch, :, None, queries]
             np.exp(P, out=P)

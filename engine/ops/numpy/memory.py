@@ -15,7 +15,7 @@ import numpy as np
 
 # Elements of a block: few enough that what one pass over it writes is still in a core's L2 cache when the next pass
 # reads it (64 Ki float32 are 256 KiB), and enough that numpy's own cost of a call does not show.
-BLOCK = 2**16
+BLOCK = 2**20
 SMALLEST_BLOCK = 2**13
 
 _scratch = threading.local()
@@ -64,7 +64,9 @@ def column_sums(function: Callable[[slice], tuple[np.ndarray, ...]], n: int, wid
         parts[block.start] = function(block)
 
     for_each_block(keep, n, width)
-    return [sum(arrays[1:], arrays[0]) for arrays in zip(*(parts[start] for start in sorted(parts)), strict=True)]
+    return [
+        sum(arrays[1:], arrays[0]) for arrays in zip(*(parts[start] for start in sorted(parts)), strict=True)
+    ]
 
 
 def _cores() -> int:
@@ -102,7 +104,9 @@ class _Team:
     @staticmethod
     def _work(function: Callable[[slice], None], next_block: Iterator[slice]) -> BaseException | None:
         try:
-            for block in next_block:  # taking the next one is atomic: iterators of lists are, under Python's lock
+            for (
+                block
+            ) in next_block:  # taking the next one is atomic: iterators of lists are, under Python's lock
                 function(block)
         except BaseException as error:
             return error

@@ -1,0 +1,171 @@
+"""How long a step takes on the CPU, and where the time goes: `python bench/cpu.py`, or `make bench`.
+
+    python bench/cpu.py --beside-torch      beside PyTorch eager in the same run (needs the extra `oracle`)
+
+Rounds of both alternate, so that whatever else the machine does falls on both. The table gives each operation's share
+of a step, beside the time of the step's bare matrix multiplies.
+"""
+
+import json
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import click
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from engine import device, ops
+from engine.config import GPT2Config, RunConfig
+from engine.models.gpt2 import GPT2, decayed, initialize
+from engine.ops.numpy.memory import CORES
+from engine.optimizer import AdamW
+
+ROUNDS, STEPS_PER_ROUND, WARM_UP = 10, 20, 10
+
+
+def make_step(
+    config: GPT2Config, inp: np.ndarray, targets: np.ndarray, operations: Any, recompute: int
+) -> Callable[[], float]:
+    """A training step of the engine on one batch: forward, backward, guard, clip, AdamW. Returns the loss."""
+    dev = device.load("numpy")
+    B, T = inp.shape
+    model = GPT2(config, operations, dev, B=B, T=T, recompute=recompute)
+    initialize(config, model.params.views, seed=42)
+    run = RunConfig(B=B, T=T, weight_decay=0.1)
+    optimizer = AdamW(model.params, model.grads, decayed(config), run, operations, dev)
+    loss = np.zeros(())
+    updates = 0
+
+    def step() -> float:
+        nonlocal updates
+        updates += 1
+        model.zero_grads()
+        model.forward(inp)
+        loss.fill(0)
+        operations.classifier.add_mean(loss, model.backward(inp, targets, 1 / inp.size), 1.0)
+        optimizer.step(updates, 3e-4, loss)
+        return float(loss)
+
+    return step
+
+
+def timed(operations: ModuleType, seconds: Counter) -> SimpleNamespace:
+    """The same operations, adding up the time of each call in seconds["linear.forward"] and so on."""
+
+    def wrap(name: str, function: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            seconds[name] += time.perf_counter() - began
+            return result
+
+        return call
+
+    modules = {}
+    for module in operations.__all__:
+        members = vars(getattr(operations, module))
+        own = {k: v for k, v in members.items() if getattr(v, "__module__", "").endswith(f".{module}") and callable(v)}
+        modules[module] = SimpleNamespace(
+            **{**members, **{k: wrap(f"{module}.{k}", v) for k, v in own.items() if not isinstance(v, type)}}
+        )
+    return SimpleNamespace(**modules)
+
+
+def matmul_milliseconds(config: GPT2Config, N: int) -> float:
+    """The bare matrix multiplies of a step's linear layers: three for each, on random data of their shapes."""
+    rng = np.random.default_rng(0)
+    C = config.C
+    total = 0.0
+    shapes = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * config.L + [(config.Vp, C)]
+    for out_channels, channels in shapes:
+        x = rng.normal(size=(N, channels)).astype(np.float32)
+        w = rng.normal(size=(out_channels, channels)).astype(np.float32)
+        y = np.empty((N, out_channels), np.float32)
+        dx, dw = np.empty_like(x), np.empty_like(w)
+        for timing in (False, True):
+            began = time.perf_counter()
+            np.matmul(x, w.T, out=y)
+            np.matmul(y, w, out=dx)
+            np.matmul(y.T, x, out=dw)
+            total += (time.perf_counter() - began) if timing else 0.0
+    return total * 1000
+
+
+def one_round(step: Callable[[], float]) -> float:
+    """Milliseconds of a step, the mean of a round."""
+    began = time.perf_counter()
+    for _ in range(STEPS_PER_ROUND):
+        step()
+    return (time.perf_counter() - began) / STEPS_PER_ROUND * 1000
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("-b", "B", default=12, help="Sequences in a batch.")
+@click.option("-t", "T", default=64, help="Tokens in a sequence.")
+@click.option("--layers", "L", default=4, help="Layers.")
+@click.option("--heads", "NH", default=4, help="Heads.")
+@click.option("--channels", "C", default=128, help="Channels.")
+@click.option("--vocabulary", "V", default=256, help="Tokens in the vocabulary.")
+@click.option("-r", "recompute", type=click.IntRange(0, 2), default=0, help="Recomputation, as in train.py.")
+@click.option("--beside-torch", is_flag=True, help="Time PyTorch eager in the same run.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
+def main(
+    B: int, T: int, L: int, NH: int, C: int, V: int, recompute: int, beside_torch: bool, json_path: Path | None
+) -> None:
+    """Milliseconds of a training step on the CPU, and where they go."""
+    config = GPT2Config(maxT=T, V=V, L=L, NH=NH, C=C)
+    inp, targets = np.random.default_rng(0).integers(0, V, (2, B, T)).astype(np.int32)
+    seconds: Counter = Counter()
+    contenders = {"backhand": make_step(config, inp, targets, ops.load("numpy"), recompute)}
+    if beside_torch:
+        # The peer lives with the tests: nothing that is shipped imports PyTorch.
+        from tests import torch_gpt2
+
+        contenders[f"PyTorch {torch_gpt2.torch.__version__}"] = torch_gpt2.make_step(config, inp, targets)
+
+    rounds: dict[str, list[float]] = {name: [] for name in contenders}
+    for step in contenders.values():
+        for _ in range(WARM_UP):
+            step()
+    for _ in range(ROUNDS):
+        for name, step in contenders.items():
+            rounds[name].append(one_round(step))
+
+    where = make_step(config, inp, targets, timed(ops.load("numpy"), seconds), recompute)
+    one_round(where)
+    seconds.clear()
+    whole = one_round(where)
+    floor = min(matmul_milliseconds(config, B * T) for _ in range(5))
+
+    print(f"{processor()}, {CORES} threads, Python {platform.python_version()}, numpy {np.__version__}")
+    print(f"B={B} T={T} L={L} NH={NH} C={C} V={V} -r {recompute}, float32; {ROUNDS} rounds of {STEPS_PER_ROUND} steps")
+    for name, times in rounds.items():
+        print(f"{name:20} {np.median(times):7.2f} ms a step (rounds {min(times):.2f} to {max(times):.2f})")
+    if beside_torch:
+        ours, peer = (float(np.median(times)) for times in rounds.values())
+        print(f"{'ratio':20} {ours / peer:7.2f}")
+    print(f"\nwhere {whole:.2f} ms go; the bare matrix multiplies of the linear layers take {floor:.2f} ms")
+    for name, value in seconds.most_common():
+        ms = value / STEPS_PER_ROUND * 1000
+        print(f"  {name:28} {ms:7.2f} ms {ms / whole:7.1%}")
+    if json_path:
+        figures = {"rounds_ms": rounds, "operations_s": dict(seconds), "matmul_ms": floor, "steps": STEPS_PER_ROUND}
+        json_path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def processor() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The command line, made from the fields of RunConfig."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from engine.config import RunConfig
+from engine.errors import UsageError, UserError
+
+
+def command(defaults_without_data: dict[str, Any]) -> Callable:
+    """Makes a function(RunConfig) -> exit code a command whose options are the fields of RunConfig.
+
+    Where the data is not named, `defaults_without_data` replaces the defaults of the options that are not given. A
+    UserError becomes one message and its exit code.
+    """
+
+    def decorate(function: Callable[[RunConfig], int]) -> click.Command:
+        @click.pass_context
+        def callback(context: click.Context, **values: Any) -> None:
+            given = {
+                name: value
+                for name, value in values.items()
+                if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+            }
+            try:
+                if "train_data" not in given and not given.get("overfit"):
+                    given = defaults_without_data | given
+                code = function(RunConfig(**given))
+            except UserError as error:
+                click.echo(error, err=True)
+                code = error.exit_code
+            sys.exit(code)
+
+        return click.Command(
+            name="train.py",
+            callback=callback,
+            params=[_option(item) for item in fields(RunConfig)],
+            help=function.__doc__,
+            context_settings={"help_option_names": ["--help"], "max_content_width": 110},
+        )
+
+    return decorate
+
+
+def _option(item: Field) -> click.Option:
+    unit = item.metadata["unit"]
+    return click.Option(
+        [*item.metadata["flags"], item.name],
+        type=_type(item),
+        default=item.default,
+        show_default=str(int(item.default)) if isinstance(item.default, bool) else item.default != "",
+        metavar=unit.upper() or None,
+        help=item.metadata["help"],
+    )
+
+
+def _type(item: Field) -> Any:
+    choices = item.metadata["choices"]
+    if choices and isinstance(choices[0], int):
+        return click.IntRange(min(choices), max(choices))
+    if choices:
+        return click.Choice(choices)
+    return {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}[type(item.default)]
+
+
+__all__ = ["UsageError", "command"]

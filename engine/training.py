@@ -1,0 +1,342 @@
+"""A run being built: every option, file and byte of memory checked before the first step; and saved and restored."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from engine import checkpoint, device, llmc_model, ops, shards, tokenizer
+from engine.arena import Arena, memory_of
+from engine.config import GPT2Config, RunConfig, model_from_descriptor
+from engine.data import Loader, Samples
+from engine.errors import DataError, OutOfMemoryError, UsageError
+from engine.models import gpt2
+from engine.optimizer import AdamW, optimizer_tensors
+from engine.shards import Shard
+
+MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
+
+# What a checkpoint and the run that goes on from it must agree on; the rest may change, and the run says so.
+FIXED_OPTIONS = ("T", "seed", "overfit")
+# Options that say where or how fast, not what: a change of these is not worth a word.
+FREE_OPTIONS = ("out_dir", "resume", "device", "recompute", "train_data", "val_data", "model")
+
+
+@dataclass
+class Training:
+    """Everything that a run consists of. start: the step that it begins with, steps: the one that it ends before."""
+
+    run: RunConfig
+    config: GPT2Config
+    device: ModuleType
+    ops: ModuleType
+    model: gpt2.GPT2
+    optimizer: AdamW
+    loader: Loader
+    val: Samples | None
+    tokenizer: tokenizer.Tokenizer | None
+    steps: int
+    start: int
+    loss: Any  # () float64 on the device: this step's mean
+    identity: dict[str, Any]  # of the run, as every checkpoint keeps it
+
+    @property
+    def out_dir(self) -> Path | None:
+        return Path(self.run.out_dir) if self.run.out_dir else None
+
+    @property
+    def val_count(self) -> int:
+        """Samples in a validation."""
+        assert self.val
+        batches = self.run.val_batches
+        return len(self.val) if batches == -1 else min(len(self.val), batches * self.run.B)
+
+    def save(self, step: int) -> Path:
+        """Commits the checkpoint after `step` updates, and deletes those that -nk does not keep."""
+        assert self.out_dir
+        path = checkpoint.save(
+            self.out_dir,
+            step,
+            {
+                MODEL_FILE: self._to_host(self.model.params.views),
+                OPTIMIZER_FILE: self._to_host(self.optimizer.state()),
+            },
+            self.identity | {"position": self.loader.position},
+        )
+        checkpoint.prune(self.out_dir, keep=self.run.keep_checkpoints, every_major=self.run.keep_major)
+        return path
+
+    def _to_host(self, arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+        return {name: self.device.to_host(array) for name, array in arrays.items()}
+
+
+def build(run: RunConfig, say: Callable[[str], None]) -> Training:
+    """The run that these options mean, restored from its newest checkpoint with -y 1. Raises UserErrors."""
+    backend = "numpy"
+    dev, operations = device.load(backend), ops.load(backend)
+    saved = _saved_run(run, say)
+
+    train_shards = [] if run.overfit else _open(run.train_data, "-i")
+    wants_val = run.val_every > 0 or run.overfit
+    val_shards = _open(run.val_data, "-j") if wants_val else []
+    V, tokens = _vocabulary(run, train_shards + val_shards)
+    config, weights = _model(run, V)
+    for shard in train_shards + val_shards:
+        shards.check_tokens(shard, V)
+    samples = Samples(val_shards if run.overfit else train_shards, run.T)
+    steps = _steps(run, samples)
+    identity = {
+        "model": asdict(config),
+        "tokenizer": tokens.name if tokens else None,
+        "data": samples.describe(),
+        "options": asdict(run),
+    }
+    if saved:
+        _require_same_run(saved, identity, say)
+    _require_memory(run, config, dev)
+
+    model = gpt2.GPT2(
+        config, operations, dev, B=run.B, T=run.T, recompute=run.recompute, dtype=dev.COMPUTE_DTYPE
+    )
+    optimizer = AdamW(model.params, model.grads, gpt2.decayed(config), run, operations, dev)
+    if saved:
+        _restore(saved.tensors(MODEL_FILE), model.params.views, dev)
+        _restore(saved.tensors(OPTIMIZER_FILE), optimizer.state(), dev)
+    elif weights:
+        _restore(weights, model.params.views, dev)
+    else:
+        _initialize(model, config, run.seed, dev)
+    position = saved.state["position"] if saved else 0
+    return Training(
+        run=run,
+        config=config,
+        device=dev,
+        ops=operations,
+        model=model,
+        optimizer=optimizer,
+        loader=Loader(samples, run.B, seed=run.seed, shuffle=not run.overfit, position=position),
+        val=Samples(val_shards, run.T) if run.val_every > 0 else None,
+        tokenizer=tokens,
+        steps=steps,
+        start=saved.step if saved else 0,
+        loss=dev.zeros((), np.float64),
+        identity=identity,
+    )
+
+
+def plan(training: Training) -> str:
+    """What will happen, in a few lines."""
+    run, config = training.run, training.config
+    memory = _memory(run, config, training.device)
+    lines = [
+        f"model      GPT-2, {config.L} layers, {config.NH} heads, {config.C} channels, {config.V:,} tokens "
+        f"(padded to {config.Vp:,}): {config.num_parameters:,} parameters",
+        f"data       {run.val_data if run.overfit else run.train_data}, tokenizer "
+        f"{training.tokenizer.name if training.tokenizer else 'unknown'}",
+        f"step       {run.samples_per_step * run.T:,} tokens: {run.accumulation} x {run.B} sequences of {run.T}",
+        f"run        steps {training.start:,} to {training.steps:,}, learning rate {run.lr:g} ({run.schedule}), "
+        f"weight decay {run.weight_decay:g}",
+        "memory     "
+        + ", ".join(f"{name} {nbytes / 2**20:,.1f}" for name, nbytes in memory.items())
+        + f": {sum(memory.values()) / 2**20:,.1f} MiB on the CPU",
+        f"output     {run.out_dir or 'none is kept (-o DIR keeps logs and checkpoints)'}",
+    ]
+    idle = [
+        flag
+        for flag, differs in (
+            ("-f", not run.tf32),
+            ("-w", not run.master_weights),
+            ("-ge", run.gelu_fusion != -1),
+            ("-z", run.zero_stage != 0),
+            ("-pg", run.gpus_per_node != 8),
+        )
+        if differs
+    ]
+    if idle:
+        lines.append(f"note       no effect with one rank on the CPU: {' '.join(idle)}")
+    return "\n".join(lines)
+
+
+def write_config(out_dir: Path, identity: dict[str, Any]) -> None:
+    """out_dir/config.json: what the run is, for people and programs."""
+    (out_dir / "config.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+
+
+def _saved_run(run: RunConfig, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from. Refuses to start anew on top of another run's checkpoints."""
+    if not run.out_dir:
+        return None
+    saved = checkpoint.load_latest(run.out_dir, say)
+    if saved and not run.resume:
+        raise UsageError(
+            f"{run.out_dir} holds checkpoints up to step {saved.step:,}: -y 1 goes on from there; "
+            "to start anew give another -o, or delete the directory"
+        )
+    if run.resume:
+        say(
+            f"resumed from {saved.path}"
+            if saved
+            else f"no checkpoint in {run.out_dir} yet: starting at step 0"
+        )
+    return saved
+
+
+def _open(pattern: str, flag: str) -> list[Shard]:
+    if not pattern:
+        what = "validate (-v) and overfit (-a)" if flag == "-j" else "train"
+        raise UsageError(
+            f"{flag} is missing: it names the token shards to {what} on; -v 0 does without validation"
+        )
+    return [shards.open_shard(path) for path in shards.expand(pattern)]
+
+
+def _vocabulary(run: RunConfig, opened: list[Shard]) -> tuple[int, tokenizer.Tokenizer | None]:
+    """The number of tokens there are, and the tokenizer, if it is known which one wrote the shards."""
+    sizes = {shard.vocab_size: shard.path for shard in opened}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{path} ({size or 'unsaid'})" for size, path in sizes.items())
+        raise DataError(f"shards of different vocabularies: {listed}. Prepare them with one tokenizer")
+    (size,) = sizes
+    name = tokenizer.for_vocab_size(size) if run.tokenizer == "auto" else run.tokenizer
+    if name is None:
+        if run.sample_every:
+            raise UsageError(
+                f"the shards were written with a vocabulary of {size:,} tokens, which belongs to no tokenizer known "
+                "here: text can't be generated. Train without, with -s 0"
+            )
+        return size, None
+    tokens = tokenizer.load(name)
+    if size not in (0, tokens.vocab_size):
+        raise UsageError(
+            f"--tokenizer {name} has {tokens.vocab_size:,} tokens, but {sizes[size]} was written with a vocabulary of "
+            f"{size:,}. Leave --tokenizer out, or prepare the data with it"
+        )
+    return tokens.vocab_size, tokens
+
+
+def _model(run: RunConfig, V: int) -> tuple[GPT2Config, dict[str, np.ndarray]]:
+    """The model's size, and its parameters if -e names a file of llm.c's."""
+    weights: dict[str, np.ndarray] = {}
+    if run.model.endswith(".bin"):
+        dims, stacked = llmc_model.read(run.model)
+        config = GPT2Config(maxT=dims["max_seq_len"], V=dims["V"], L=dims["L"], NH=dims["NH"], C=dims["C"])
+        weights = gpt2.from_stacked(config, stacked)
+        if config.V != V:
+            raise UsageError(
+                f"-e {run.model} has {config.V:,} tokens, the data {V:,}: it was tokenized for another model"
+            )
+    else:
+        config = model_from_descriptor(run.model, V, run.T)
+    if run.T > config.maxT:
+        raise UsageError(
+            f"-t {run.T} is more than the {config.maxT} positions of -e {run.model}; take at most that"
+        )
+    return config, weights
+
+
+def _steps(run: RunConfig, samples: Samples) -> int:
+    steps = run.steps if run.steps != -1 else len(samples) // run.samples_per_step
+    if steps == 0:
+        raise DataError(
+            f"an epoch is {len(samples):,} samples of {run.T} tokens, a step takes {run.samples_per_step:,}: not one "
+            "step. Give -x, a smaller -b or -d, or more data"
+        )
+    if run.warmup > steps:
+        raise UsageError(f"-u {run.warmup} steps of warm-up are more than the {steps} steps of an epoch")
+    return steps
+
+
+def _memory(run: RunConfig, config: GPT2Config, dev: ModuleType) -> dict[str, int]:
+    """Bytes by class, as the tables say."""
+    parameters = gpt2.parameter_tensors(config, dev.COMPUTE_DTYPE)
+    activations = gpt2.activation_tensors(
+        config,
+        B=run.B,
+        T=run.T,
+        recompute=run.recompute,
+        dtype=dev.COMPUTE_DTYPE,
+        statistic_dtype=np.float32,
+    )
+    return {
+        "parameters": memory_of(parameters),
+        "gradients": memory_of(parameters),
+        "optimizer": 2 * memory_of(optimizer_tensors(parameters, np.float32)),
+        "activations": memory_of(activations),
+    }
+
+
+def _require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType) -> None:
+    memory, free = _memory(run, config, dev), dev.available_bytes()
+    if sum(memory.values()) <= free:
+        return
+    candidates = (
+        replace(run, B=B, recompute=level, total_batch=run.samples_per_step * run.T)
+        for B in range(run.B, 0, -1)
+        if run.samples_per_step % B == 0
+        for level in (run.recompute, 2)
+    )
+    fitting = (r for r in candidates if sum(_memory(r, config, dev).values()) <= free)
+    remedy = next((f"-b {r.B} -d {r.total_batch} -r {r.recompute}" for r in fitting), None)
+    raise OutOfMemoryError(
+        f"the run needs {sum(memory.values()) / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are free\n  "
+        + ", ".join(f"{name} {nbytes / 2**30:,.1f}" for name, nbytes in memory.items())
+        + (
+            f"\n  this fits, with the same result: {remedy}"
+            if remedy
+            else "\n  no -b fits: take a smaller model -e"
+        )
+    )
+
+
+def _initialize(model: gpt2.GPT2, config: GPT2Config, seed: int, dev: ModuleType) -> None:
+    host = Arena(gpt2.parameter_tensors(config, np.float32), lambda shape, dtype: np.zeros(shape, dtype))
+    gpt2.initialize(config, host.views, seed)
+    _restore(host.views, model.params.views, dev)
+
+
+def _restore(values: dict[str, np.ndarray], views: dict[str, Any], dev: ModuleType) -> None:
+    """views = values, name by name."""
+    for name, view in views.items():
+        view[...] = dev.to_device(values[name])
+
+
+def _require_same_run(
+    saved: checkpoint.Checkpoint, identity: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """Refuses to go on with another model, tokenizer, data set or data order; tells what else has changed."""
+    before, now = saved.state, identity
+    differing = _differences(
+        {**before["model"], "tokenizer": before["tokenizer"]}, {**now["model"], "tokenizer": now["tokenizer"]}
+    )
+    options = _differences(before["options"], now["options"])
+    differing += [line for line in options if line[0] in FIXED_OPTIONS]
+    if differing:
+        raise UsageError(
+            f"{saved.path} belongs to another run:\n"
+            + "\n".join(f"  {name}: {old} there, {new} now" for name, old, new in differing)
+            + "\n  give the options it was started with, or another -o"
+        )
+    if before["data"] != now["data"]:
+        raise DataError(
+            f"the training data is not what {saved.path} was trained on: {_summary(before['data'])} there, "
+            f"{_summary(now['data'])} now. Give the same shards, or another -o"
+        )
+    changed = [line for line in options if line[0] not in (*FIXED_OPTIONS, *FREE_OPTIONS)]
+    if changed:
+        say(
+            "changed since the checkpoint: "
+            + ", ".join(f"{name} {old} -> {new}" for name, old, new in changed)
+        )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    names: Iterable[str] = now
+    return [(name, before.get(name), now[name]) for name in names if before.get(name) != now[name]]
+
+
+def _summary(description: list[list[Any]]) -> str:
+    return f"{len(description)} shards of {sum(count for _, count in description):,} tokens"

