@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from engine import device, ops
 from engine.config import GPT2Config, RunConfig
 from engine.models.gpt2 import GPT2, decayed, initialize
-from engine.ops.numpy.memory import CORES
+from engine.ops.numpy.parallel import CORES
 from engine.optimizer import AdamW
 
 ROUNDS, STEPS_PER_ROUND, WARM_UP = 10, 20, 10

@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: small data, and train.py as a process or, where that proves as much, in this one."""
+"""What tests of whole runs share: small data, and train.py as a process, or here where that proves as much."""
 
 import contextlib
 import os
@@ -21,9 +21,42 @@ TINY = ("-e", "l2h2c16", "-b", "2", "-t", "16")
 TIMEOUT = 60  # seconds after which a command is taken to hang
 
 WORDS = (
-    "the of and to in that it was for on are as with his they be at one have this from by hot word but what some "
-    "we can out other were all there when up use your how said an each she"
-).split()
+    *(
+        "the",
+        "of",
+        "and",
+        "to",
+        "in",
+        "that",
+        "it",
+        "was",
+        "for",
+        "on",
+        "are",
+        "as",
+        "with",
+        "his",
+        "they",
+        "be",
+    ),
+    *(
+        "at",
+        "one",
+        "have",
+        "this",
+        "from",
+        "by",
+        "hot",
+        "word",
+        "but",
+        "what",
+        "some",
+        "we",
+        "can",
+        "out",
+        "when",
+    ),
+)
 
 
 class Run(NamedTuple):

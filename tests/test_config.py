@@ -48,7 +48,7 @@ def test_gpt3_descriptors(C):
 
 
 def test_gpt3_sizes_are_the_paper_s():
-    """Table 2.1 of Brown et al. 2020: layers, channels, heads; its 2.7B has 32 heads of 80, its 13B the odd 5140."""
+    """Table 2.1 of Brown et al. 2020: layers and heads by channels; its XL cannot be built as printed."""
     published = {
         768: (12, 12),
         1024: (24, 16),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine import ops
-from engine.ops.numpy import memory
+from engine.ops.numpy import parallel
 from tests.gradcheck import assert_gradient, complex_step
 
 OPS = ops.load("numpy")
@@ -26,7 +26,8 @@ def tokens(V: int, *shape: int) -> np.ndarray:
 def _small_blocks(monkeypatch):
     """Several blocks even at test sizes, so that their borders are tested."""
     monkeypatch.setattr(OPS.attention, "QUERIES", 3)
-    monkeypatch.setattr(memory, "BLOCK", 20)
+    for name, value in (("MATMUL_ROWS", 4), ("ELEMENTS", 20), ("FEW_ELEMENTS", 2)):
+        monkeypatch.setattr(parallel, name, value)
 
 
 def test_embedding():

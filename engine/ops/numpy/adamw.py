@@ -10,7 +10,8 @@ import math
 
 import numpy as np
 
-from engine.ops.numpy.memory import for_each_block, scratch
+from engine.ops.numpy.parallel import for_each_block
+from engine.ops.numpy.scratch import scratch
 
 
 def update(
@@ -36,12 +37,14 @@ def update(
     """
     if skip:
         return
-    step_size = lr / (1 - beta1**t)
-    v_scale = 1 / math.sqrt(1 - beta2**t)
+    # With both bias corrections taken out of the fraction:  m / (sqrt(v) + eps * c) * (lr * c / (1 - beta1^t)).
+    c = math.sqrt(1 - beta2**t)
+    step_size = lr * c / (1 - beta1**t)
 
     def update_block(block: slice) -> None:
         x, mb, vb = master[block], m[block], v[block]
-        g = np.multiply(grads[block], clip.astype(x.dtype), out=scratch("adamw.g", x.shape, x.dtype))
+        g = scratch("adamw.g", x.shape, x.dtype)
+        np.multiply(grads[block], float(clip), out=g)
         tmp = scratch("adamw.tmp", x.shape, x.dtype)
 
         mb *= beta1
@@ -51,8 +54,7 @@ def update(
         vb += np.multiply(g, 1 - beta2, out=tmp)
 
         np.sqrt(vb, out=tmp)
-        tmp *= v_scale
-        tmp += eps
+        tmp += eps * c
         np.divide(mb, tmp, out=tmp)
         tmp *= step_size
         x *= 1 - lr * weight_decay

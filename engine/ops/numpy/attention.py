@@ -16,7 +16,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from engine.ops.numpy.memory import for_each_block, scratch
+from engine.ops.numpy.parallel import for_each_block
+from engine.ops.numpy.scratch import scratch
 
 QUERIES = (
     64  # in a block: enough for a matrix multiply, few enough that little of the masked half is computed
@@ -33,11 +34,11 @@ def forward(out: np.ndarray, lse: np.ndarray, qkv: np.ndarray) -> None:
             S = _scores(q[batch, :, queries], k[batch, :, keys])
             top = S.real.max(axis=2, keepdims=True)
             S -= top
-            P = np.exp(S, out=S)
+            P = np.exp(S, out=S)  # not yet divided by its sums: out is, which is smaller
             total = P.sum(axis=2, keepdims=True)
             lse[batch, :, queries] = (top + np.log(total))[:, :, 0]
-            P /= total
             np.matmul(P.swapaxes(2, 3), v[batch, :, keys], out=o[batch, :, queries])
+            o[batch, :, queries] /= total.swapaxes(2, 3)
 
     for_each_block(attend, len(q), q[0].size + lse[0].size * T)
 

@@ -6,7 +6,8 @@ dlogits = (exp(logits) / sum_v(exp(logits)) - [v == target]) * dloss      0 in t
 
 import numpy as np
 
-from engine.ops.numpy.memory import for_each_block, rows, scratch
+from engine.ops.numpy.parallel import for_each_block
+from engine.ops.numpy.scratch import rows, scratch
 
 
 def forward(losses: np.ndarray, logits: np.ndarray, targets: np.ndarray, V: int) -> None:

@@ -5,7 +5,7 @@ out[b,t] = wte[inp[b,t]] + wpe[t]
 
 import numpy as np
 
-from engine.ops.numpy.memory import rows
+from engine.ops.numpy.scratch import rows
 
 
 def forward(out: np.ndarray, inp: np.ndarray, wte: np.ndarray, wpe: np.ndarray) -> None:

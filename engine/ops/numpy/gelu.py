@@ -9,7 +9,8 @@ import math
 
 import numpy as np
 
-from engine.ops.numpy.memory import for_each_block, rows, scratch
+from engine.ops.numpy.parallel import for_each_block
+from engine.ops.numpy.scratch import rows, scratch
 
 SCALE = math.sqrt(2 / math.pi)
 CUBIC = 0.044715

@@ -10,7 +10,8 @@ backward  with xhat = (inp - mean) * rstd and g = dout * weight
 
 import numpy as np
 
-from engine.ops.numpy.memory import column_sums, for_each_block, rows, scratch
+from engine.ops.numpy.parallel import column_sums, for_each_block
+from engine.ops.numpy.scratch import rows, scratch
 
 EPS = 1e-5  # GPT-2's
 
@@ -29,7 +30,7 @@ def forward(
 
     def normalize(block: slice) -> None:
         x, y = inp[block], out[block]
-        np.mean(x, axis=1, keepdims=True, out=mean[block])
+        mean[block] = np.einsum("nc->n", x)[:, None] / C
         np.subtract(x, mean[block], out=y)
         variance = np.einsum("nc,nc->n", y, y)[:, None] / C
         np.divide(1, np.sqrt(variance + EPS), out=rstd[block])
@@ -65,16 +66,16 @@ def backward(
         dx, dy, x = dinp[block], dout[block], inp[block]
         xhat = np.subtract(x, mean[block], out=scratch("layernorm.xhat", x.shape, x.dtype))
         xhat *= rstd[block]
-        sums = [np.einsum("nc,nc->c", dy, xhat), dy.sum(axis=0)]
+        sums = [np.einsum("nc,nc->c", dy, xhat), np.einsum("nc->c", dy)]
         g = np.multiply(dy, weight, out=scratch("layernorm.g", x.shape, x.dtype))
-        g_mean = g.mean(axis=1, keepdims=True)
+        g_mean = np.einsum("nc->n", g)[:, None] / C
         xhat *= np.einsum("nc,nc->n", g, xhat)[:, None] / C
         g -= g_mean
         g -= xhat
         g *= rstd[block]
         dx += g
         if dinp_sum is not None:
-            sums.append(dx.sum(axis=0))
+            sums.append(np.einsum("nc->c", dx))
         return tuple(sums)
 
     dweight_part, dbias_part, *dinp_part = column_sums(denormalize, N, C)

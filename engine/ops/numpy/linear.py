@@ -8,10 +8,13 @@ backward  dinp     = dout @ weight                          (times gelu'(pre_gel
           dweight += dout^T @ inp        dbias += sum_n(dout)
 """
 
+from functools import partial
+
 import numpy as np
 
 from engine.ops.numpy import gelu
-from engine.ops.numpy.memory import for_each_block, rows, scratch
+from engine.ops.numpy.parallel import matmul_blocks, run
+from engine.ops.numpy.scratch import rows, scratch
 
 
 def forward(
@@ -29,18 +32,18 @@ def forward(
     """
     out, inp = rows(out), rows(inp)
     y = out if pre_gelu is None else rows(pre_gelu)
-    np.matmul(inp, weight.T, out=y)
+    skip = None if residual is None else rows(residual)
 
-    def finish(block: slice) -> None:
+    def project(block: slice) -> None:
+        np.matmul(inp[block], weight.T, out=y[block])
         if bias is not None:
             y[block] += bias
-        if residual is not None:
-            y[block] += rows(residual)[block]
+        if skip is not None:
+            y[block] += skip[block]
         if pre_gelu is not None:
             gelu.apply(out[block], y[block])
 
-    if bias is not None or residual is not None or pre_gelu is not None:
-        for_each_block(finish, *y.shape)
+    run([partial(project, block) for block in matmul_blocks(len(y))])
 
 
 def backward(
@@ -58,11 +61,21 @@ def backward(
     dbias is None where there is no bias, or where its gradient comes from layernorm.backward's dinp_sum. With
     pre_gelu (B,T,C), inp was gelu(pre_gelu), and dinp is the gradient of pre_gelu.
     """
-    dout, dx = rows(dout), rows(dinp)
-    product = np.matmul(dout.T, rows(inp), out=scratch("linear.dweight", weight.shape, weight.dtype))
-    dweight += product
-    if dbias is not None:
-        dbias += dout.sum(axis=0)
-    np.matmul(dout, weight, out=dx)
-    if pre_gelu is not None:
-        gelu.backward(dinp, pre_gelu)
+    dout, dx, x = rows(dout), rows(dinp), rows(inp)
+    pre = None if pre_gelu is None else rows(pre_gelu)
+
+    def input_gradient(block: slice) -> None:
+        np.matmul(dout[block], weight, out=dx[block])
+        if pre is not None:
+            gelu.apply_backward(dx[block], pre[block])
+
+    def weight_gradient(block: slice) -> None:
+        dy = dout[:, block]
+        dweight[block] += np.matmul(dy.T, x, out=scratch("linear.dweight", dweight[block].shape, x.dtype))
+        if dbias is not None:
+            dbias[block] += np.einsum("nc->c", dy)
+
+    run(
+        [partial(input_gradient, block) for block in matmul_blocks(len(dx))]
+        + [partial(weight_gradient, block) for block in matmul_blocks(len(dweight))]
+    )
