@@ -77,7 +77,7 @@ def train(t: Training, log: RunLog) -> int:
     non_finite_steps = 0
     for step in range(t.start, t.steps + 1):
         last = step == t.steps
-        if due(run.val_every, step, last):
+        if t.val and due(run.val_every, step, last):
             log.validation(step, validation_loss(t.model, t.device, t.val, run.B, t.val_count))
         if due(run.sample_every, step, last) and step > 0:
             log.sample(step, sample_text(t, step))
@@ -88,8 +88,7 @@ def train(t: Training, log: RunLog) -> int:
             break
         if stopped:
             log.say(
-                f"stopped by {stopped} after step {step}"
-                + (", saved" if t.out_dir else "; not saved, for want of -o")
+                f"stopped by {stopped} after step {step}" + (", saved" if t.out_dir else "; not saved, for want of -o")
             )
             return STOPPED_AND_SAVED if t.out_dir else STOPPED
 

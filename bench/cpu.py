@@ -10,7 +10,7 @@ import json
 import platform
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -56,7 +56,7 @@ def make_step(
     return step
 
 
-def timed(operations: ModuleType, seconds: Counter) -> SimpleNamespace:
+def timed(operations: ModuleType, seconds: defaultdict[str, float]) -> SimpleNamespace:
     """The same operations, adding up the time of each call in seconds["linear.forward"] and so on."""
 
     def wrap(name: str, function: Callable) -> Callable:
@@ -122,7 +122,7 @@ def main(
     """Milliseconds of a training step on the CPU, and where they go."""
     config = GPT2Config(maxT=T, V=V, L=L, NH=NH, C=C)
     inp, targets = np.random.default_rng(0).integers(0, V, (2, B, T)).astype(np.int32)
-    seconds: Counter = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     contenders = {"backhand": make_step(config, inp, targets, ops.load("numpy"), recompute)}
     if beside_torch:
         # The peer lives with the tests: nothing that is shipped imports PyTorch.
@@ -152,7 +152,7 @@ def main(
         ours, peer = (float(np.median(times)) for times in rounds.values())
         print(f"{'ratio':20} {ours / peer:7.2f}")
     print(f"\nwhere {whole:.2f} ms go; the bare matrix multiplies of the linear layers take {floor:.2f} ms")
-    for name, value in seconds.most_common():
+    for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         ms = value / STEPS_PER_ROUND * 1000
         print(f"  {name:28} {ms:7.2f} ms {ms / whole:7.1%}")
     if json_path:

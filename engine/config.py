@@ -7,9 +7,7 @@ from typing import Any
 
 from engine.errors import UsageError
 
-VOCABULARY_MULTIPLE = (
-    128  # the vocabulary is padded to this in memory: the classifier's matrix multiply wants it
-)
+VOCABULARY_MULTIPLE = 128  # the vocabulary is padded to this in memory: the classifier's matrix multiply wants it
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ GPT2_SIZES = {
     72: (2880, 30),
     84: (3456, 36),
 }
-# channels: (layers, head size), 2,048 positions (Brown et al. 2020, arXiv 2005.14165, table 2.1; the smallest is llm.c's)
+# channels: (layers, head size), 2,048 positions (Brown et al. 2020, arXiv 2005.14165, table 2.1; the first is llm.c's)
 GPT3_SIZES = {
     384: (6, 64),
     768: (12, 64),
@@ -115,9 +113,7 @@ def model_from_descriptor(descriptor: str, V: int, T: int) -> GPT2Config:
 
 def option(default: Any, flags: str, text: str, *, choices: tuple = (), unit: str = "") -> Any:
     """A field that is also a command-line option: flags as "--batch-size -b"."""
-    return field(
-        default=default, metadata={"flags": flags.split(), "help": text, "choices": choices, "unit": unit}
-    )
+    return field(default=default, metadata={"flags": flags.split(), "help": text, "choices": choices, "unit": unit})
 
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -141,9 +137,7 @@ class RunConfig:
     # output
     out_dir: str = option("", "--out-dir -o", "where logs and checkpoints go; none are kept without it")
     device: str = option("auto", "--device", "where to run", choices=("auto", "cpu", "cuda"))
-    gpu_log_every: int = option(
-        -1, "--gpu-log-every -lg", "log the GPU's state every so many steps", unit="steps"
-    )
+    gpu_log_every: int = option(-1, "--gpu-log-every -lg", "log the GPU's state every so many steps", unit="steps")
     checkpoint_every: int = option(
         0, "--checkpoint-every -n", "save every so many steps, and at the end; 0: never", unit="steps"
     )
@@ -151,9 +145,7 @@ class RunConfig:
     keep_major: int = option(
         0, "--keep-major -nm", "but never delete those of steps divisible by this; 0: none", unit="steps"
     )
-    resume: bool = option(
-        False, "--resume -y", "1: go on from the newest checkpoint in --out-dir; 0: start anew"
-    )
+    resume: bool = option(False, "--resume -y", "1: go on from the newest checkpoint in --out-dir; 0: start anew")
     # batch
     B: int = option(4, "--batch-size -b", "micro-batch B on each device", unit="sequences")
     T: int = option(1024, "--sequence-length -t", "tokens in a sequence, T", unit="tokens")
@@ -171,9 +163,7 @@ class RunConfig:
     schedule: str = option("cosine", "--schedule -k", "learning-rate schedule", choices=SCHEDULES)
     lr: float = option(3e-4, "--learning-rate -l", "peak learning rate")
     warmup: int = option(0, "--warmup -u", "linear warm-up of the learning rate", unit="steps")
-    final_lr: float = option(
-        1.0, "--final-lr-fraction -q", "learning rate at the end, as a fraction of the peak"
-    )
+    final_lr: float = option(1.0, "--final-lr-fraction -q", "learning rate at the end, as a fraction of the peak")
     weight_decay: float = option(0.0, "--weight-decay -c", "weight decay, of matrices only")
     beta1: float = option(0.9, "--beta1", "AdamW's decay of the first moment")
     beta2: float = option(0.95, "--beta2", "AdamW's decay of the second moment")
@@ -187,9 +177,7 @@ class RunConfig:
     )
     seed: int = option(42, "--seed", "of the initial values, the data order and the samples")
     # evaluation
-    val_every: int = option(
-        20, "--val-every -v", "validate every so many steps and at the end; 0: off", unit="steps"
-    )
+    val_every: int = option(20, "--val-every -v", "validate every so many steps and at the end; 0: off", unit="steps")
     val_batches: int = option(
         20, "--val-batches -m", "micro-batches in a validation; -1: the whole split", unit="batches"
     )
@@ -200,9 +188,7 @@ class RunConfig:
     temperature: float = option(1.0, "--temperature", "of generation; 0 takes the most likely token")
     hellaswag: bool = option(False, "--hellaswag -h", "1: score HellaSwag at each validation")
     # memory and speed
-    recompute: int = option(
-        1, "--recompute -r", "in backward: 0 nothing, 1 GELU, 2 layernorms too", choices=(0, 1, 2)
-    )
+    recompute: int = option(1, "--recompute -r", "in backward: 0 nothing, 1 GELU, 2 layernorms too", choices=(0, 1, 2))
     tf32: bool = option(True, "--tf32 -f", "TF32 matrix multiplies where parameters are fp32 on a GPU")
     master_weights: bool = option(True, "--master-weights -w", "keep fp32 masters of bf16 parameters")
     gelu_fusion: int = option(
@@ -216,9 +202,7 @@ class RunConfig:
     num_processes: int = option(1, "--num-processes -pn", "ranks, where no MPI starts them")
     process_rank: int = option(0, "--process-rank -pr", "this process's rank, where no MPI starts it")
     gpus_per_node: int = option(8, "--gpus-per-node -pg", "GPUs of a node, where no MPI says")
-    init_method: str = option(
-        "mpi", "--init-method -pi", "how ranks find each other", choices=("mpi", "tcp", "fs")
-    )
+    init_method: str = option("mpi", "--init-method -pi", "how ranks find each other", choices=("mpi", "tcp", "fs"))
     server_ip: str = option("", "--server-ip -ps", "address of rank 0, for --init-method tcp")
     fs_path: str = option("", "--fs-path -pf", "shared folder, for --init-method fs")
 
@@ -264,9 +248,7 @@ class RunConfig:
             (self.max_norm_z >= 0, "-sg", "0 or more", self.max_norm_z),
             (0 <= self.seed < 2**32, "--seed", "between 0 and 2^32 - 1", self.seed),
         ]
-        problems = [
-            f"{flag} must be {allowed}, not {value}" for fine, flag, allowed, value in rules if not fine
-        ]
+        problems = [f"{flag} must be {allowed}, not {value}" for fine, flag, allowed, value in rules if not fine]
         floats = [item.name for item in fields(self) if isinstance(item.default, float)]
         problems += [
             f"{self.flag(name)} must be a finite number, not {getattr(self, name)}"
@@ -294,9 +276,7 @@ class RunConfig:
         if self.keep_major and not self.keep_checkpoints:
             problems.append("-nm exempts checkpoints from -nk, which is not given: all are kept anyway")
         if self.steps >= 1 and self.warmup > self.steps:
-            problems.append(
-                f"-u {self.warmup} steps of warm-up are more than the run's -x {self.steps} steps"
-            )
+            problems.append(f"-u {self.warmup} steps of warm-up are more than the run's -x {self.steps} steps")
         return problems
 
     def _not_yet(self) -> list[str]:
@@ -309,9 +289,7 @@ class RunConfig:
         if self.gpu_log_every > 0:
             problems.append(f"-lg: logging a GPU's state {LATER}, with --device cuda")
         if self.num_processes != 1 or self.process_rank != 0:
-            problems.append(
-                f"-pn {self.num_processes} -pr {self.process_rank}: training on several ranks {LATER}"
-            )
+            problems.append(f"-pn {self.num_processes} -pr {self.process_rank}: training on several ranks {LATER}")
         if self.init_method != "mpi" or self.server_ip or self.fs_path:
             problems.append(f"-pi {self.init_method}, -ps, -pf: training on several ranks {LATER}")
         return problems

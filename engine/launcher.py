@@ -25,6 +25,4 @@ def require_one_rank(environ: Mapping[str, str]) -> None:
     """UsageError if several ranks were started."""
     world, _ = ranks(environ)
     if world > 1:
-        raise UsageError(
-            f"{world} ranks were started: training on several ranks {LATER}. Run python train.py alone"
-        )
+        raise UsageError(f"{world} ranks were started: training on several ranks {LATER}. Run python train.py alone")

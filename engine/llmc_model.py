@@ -73,9 +73,7 @@ def read(path: str | Path) -> tuple[dict[str, int], dict[str, np.ndarray]]:
     return dims, _split(body, dims)
 
 
-def write(
-    path: str | Path, dims: Mapping[str, int], tensors: Mapping[str, np.ndarray], dtype: str = "float32"
-) -> None:
+def write(path: str | Path, dims: Mapping[str, int], tensors: Mapping[str, np.ndarray], dtype: str = "float32") -> None:
     """Write float32 `tensors`, all those of `shapes(dims)`, as "float32" or "bfloat16" (nearest, ties even).
 
     The file appears under its name only when it is whole and on the disk. Raises CheckpointError if it cannot

@@ -84,7 +84,9 @@ class RunLog:
             last=step + 1 == self._steps,
         )
         if skipped:
-            self.say(f"step {step + 1}: update skipped, loss {loss:.4g}{_score(loss_z)}, norm {norm:.4g}{_score(norm_z)}")
+            self.say(
+                f"step {step + 1}: update skipped, loss {loss:.4g}{_score(loss_z)}, norm {norm:.4g}{_score(norm_z)}"
+            )
 
     def validation(self, step: int, loss: float) -> None:
         """Validation loss after `step` updates."""
@@ -129,9 +131,7 @@ class RunLog:
             file.flush()
         except OSError as error:
             del self._files[name]
-            self.say(
-                f"warning: {file.name} can't be written any more ({error.strerror}); training goes on without it"
-            )
+            self.say(f"warning: {file.name} can't be written any more ({error.strerror}); training goes on without it")
 
 
 def _score(z: float) -> str:

@@ -61,9 +61,7 @@ class AdamW:
         self._norm_squared = device.zeros((), np.float64)
         self.loss_window = device.zeros((ops.guard.WINDOW + 1,), np.float64)
         self.norm_window = device.zeros((ops.guard.WINDOW + 1,), np.float64)
-        self.decision = ops.guard.Decision(
-            *(device.zeros((), np.float64) for _ in ops.guard.Decision._fields)
-        )
+        self.decision = ops.guard.Decision(*(device.zeros((), np.float64) for _ in ops.guard.Decision._fields))
 
     def step(self, t: int, lr: float, loss: Any) -> None:
         """Update number t (from 1) of params from grads, unless the guard skips it; loss () is this step's mean."""
@@ -99,9 +97,7 @@ class AdamW:
 
     def state(self) -> dict[str, Any]:
         """Every array to be saved and restored, by name."""
-        moments = {
-            f"{kind}.{name}": view for kind in ("m", "v") for name, view in getattr(self, kind).views.items()
-        }
+        moments = {f"{kind}.{name}": view for kind in ("m", "v") for name, view in getattr(self, kind).views.items()}
         return moments | {"loss_window": self.loss_window, "norm_window": self.norm_window}
 
 

@@ -23,9 +23,7 @@ def draw_loss(run_dir: Path) -> Path:
     if not log.is_file():
         raise DataError(f"{log}: no such file; a run writes it with -o {run_dir}")
     if not have_matplotlib():
-        raise DataError(
-            f"the loss curve of {run_dir} needs matplotlib: pip install matplotlib, and run this again"
-        )
+        raise DataError(f"the loss curve of {run_dir} needs matplotlib: pip install matplotlib, and run this again")
     records = read_jsonl(log)
     train = [(r["step"] + 1, r["loss"]) for r in records if r["kind"] == "train" and r["loss"] is not None]
     val = [(r["step"], r["loss"]) for r in records if r["kind"] == "val" and r["loss"] is not None]
@@ -61,7 +59,7 @@ def _smoothed(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
     """Means of windows of neighbouring points."""
     size = max(1, len(points) // SMOOTHED_POINTS)
     windows = [points[i : i + size] for i in range(0, len(points), size)]
-    return [tuple(sum(column) / len(window) for column in zip(*window, strict=True)) for window in windows]  # type: ignore[misc]
+    return [tuple(sum(column) / len(window) for column in zip(*window, strict=True)) for window in windows]
 
 
 @click.command()

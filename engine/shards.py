@@ -113,15 +113,11 @@ def _check_header(path: Path, magic: int, version: int, num_tokens: int, vocab_s
     if magic == BYTE_SWAPPED_MAGIC:
         raise DataError(f"{path}: byte-swapped: written big-endian, expected little-endian. {_PREPARE_AGAIN}")
     if magic != MAGIC:
-        raise DataError(
-            f"{path}: not a token shard: its magic is {magic}, expected {MAGIC}. {_PREPARE_AGAIN}"
-        )
+        raise DataError(f"{path}: not a token shard: its magic is {magic}, expected {MAGIC}. {_PREPARE_AGAIN}")
     if version != VERSION:
         raise DataError(f"{path}: shard version {version}, expected {VERSION}. {_PREPARE_AGAIN}")
     if num_tokens <= 0:
-        raise DataError(
-            f"{path}: its header says {num_tokens:,} tokens, expected at least 1. {_PREPARE_AGAIN}"
-        )
+        raise DataError(f"{path}: its header says {num_tokens:,} tokens, expected at least 1. {_PREPARE_AGAIN}")
     if not 0 <= vocab_size <= MAX_VOCAB_SIZE:
         raise DataError(
             f"{path}: its header says a vocabulary of {vocab_size:,}, expected 0 (unsaid) to "
@@ -223,9 +219,7 @@ class ShardWriter:
 
     def _open_file(self) -> BinaryIO:
         if self._file is None:
-            raise ValueError(
-                f"{self.path}: a ShardWriter writes inside its `with` block, until a write fails"
-            )
+            raise ValueError(f"{self.path}: a ShardWriter writes inside its `with` block, until a write fails")
         return self._file
 
     def _discard(self) -> None:

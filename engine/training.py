@@ -99,9 +99,7 @@ def build(run: RunConfig, say: Callable[[str], None]) -> Training:
         _require_same_run(saved, identity, say)
     _require_memory(run, config, dev)
 
-    model = gpt2.GPT2(
-        config, operations, dev, B=run.B, T=run.T, recompute=run.recompute, dtype=dev.COMPUTE_DTYPE
-    )
+    model = gpt2.GPT2(config, operations, dev, B=run.B, T=run.T, recompute=run.recompute, dtype=dev.COMPUTE_DTYPE)
     optimizer = AdamW(model.params, model.grads, gpt2.decayed(config), run, operations, dev)
     if saved:
         _restore(saved.tensors(MODEL_FILE), model.params.views, dev)
@@ -177,20 +175,14 @@ def _saved_run(run: RunConfig, say: Callable[[str], None]) -> checkpoint.Checkpo
             "to start anew give another -o, or delete the directory"
         )
     if run.resume:
-        say(
-            f"resumed from {saved.path}"
-            if saved
-            else f"no checkpoint in {run.out_dir} yet: starting at step 0"
-        )
+        say(f"resumed from {saved.path}" if saved else f"no checkpoint in {run.out_dir} yet: starting at step 0")
     return saved
 
 
 def _open(pattern: str, flag: str) -> list[Shard]:
     if not pattern:
         what = "validate (-v) and overfit (-a)" if flag == "-j" else "train"
-        raise UsageError(
-            f"{flag} is missing: it names the token shards to {what} on; -v 0 does without validation"
-        )
+        raise UsageError(f"{flag} is missing: it names the token shards to {what} on; -v 0 does without validation")
     return [shards.open_shard(path) for path in shards.expand(pattern)]
 
 
@@ -232,9 +224,7 @@ def _model(run: RunConfig, V: int) -> tuple[GPT2Config, dict[str, np.ndarray]]:
     else:
         config = model_from_descriptor(run.model, V, run.T)
     if run.T > config.maxT:
-        raise UsageError(
-            f"-t {run.T} is more than the {config.maxT} positions of -e {run.model}; take at most that"
-        )
+        raise UsageError(f"-t {run.T} is more than the {config.maxT} positions of -e {run.model}; take at most that")
     return config, weights
 
 
@@ -284,11 +274,7 @@ def _require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType) -> None
     raise OutOfMemoryError(
         f"the run needs {sum(memory.values()) / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are free\n  "
         + ", ".join(f"{name} {nbytes / 2**30:,.1f}" for name, nbytes in memory.items())
-        + (
-            f"\n  this fits, with the same result: {remedy}"
-            if remedy
-            else "\n  no -b fits: take a smaller model -e"
-        )
+        + (f"\n  this fits, with the same result: {remedy}" if remedy else "\n  no -b fits: take a smaller model -e")
     )
 
 
@@ -304,9 +290,7 @@ def _restore(values: dict[str, np.ndarray], views: dict[str, Any], dev: ModuleTy
         view[...] = dev.to_device(values[name])
 
 
-def _require_same_run(
-    saved: checkpoint.Checkpoint, identity: dict[str, Any], say: Callable[[str], None]
-) -> None:
+def _require_same_run(saved: checkpoint.Checkpoint, identity: dict[str, Any], say: Callable[[str], None]) -> None:
     """Refuses to go on with another model, tokenizer, data set or data order; tells what else has changed."""
     before, now = saved.state, identity
     differing = _differences(
@@ -327,10 +311,7 @@ def _require_same_run(
         )
     changed = [line for line in options if line[0] not in (*FIXED_OPTIONS, *FREE_OPTIONS)]
     if changed:
-        say(
-            "changed since the checkpoint: "
-            + ", ".join(f"{name} {old} -> {new}" for name, old, new in changed)
-        )
+        say("changed since the checkpoint: " + ", ".join(f"{name} {old} -> {new}" for name, old, new in changed))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -108,9 +108,7 @@ class _Shards:
             )
         return files
 
-    def _write_split(
-        self, split: str, stream: "_Stream", num_tokens: int | None
-    ) -> Iterator[tuple[Path, int]]:
+    def _write_split(self, split: str, stream: "_Stream", num_tokens: int | None) -> Iterator[tuple[Path, int]]:
         number = written = 0
         while not stream.is_empty() and (num_tokens is None or written < num_tokens):
             room = self._shard_tokens if num_tokens is None else min(self._shard_tokens, num_tokens - written)
@@ -239,9 +237,7 @@ def _worker_errors() -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError) as error:
-        raise DataError(
-            "a worker process was killed, perhaps for want of memory. Use fewer --workers."
-        ) from error
+        raise DataError("a worker process was killed, perhaps for want of memory. Use fewer --workers.") from error
 
 
 def _work(pipe: Connection, tokenizer: str) -> None:
@@ -300,9 +296,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             ours = False
         if not ours:
-            raise DataError(
-                f"{folder}: another run is writing this data set. Wait for it, or choose another --out."
-            )
+            raise DataError(f"{folder}: another run is writing this data set. Wait for it, or choose another --out.")
         yield
     finally:
         os.close(descriptor)
@@ -327,8 +321,7 @@ def _check_target(out_dir: Path, overwrite: bool) -> None:
     others = [path.name for path in out_dir.iterdir() if not SHARD_NAME.fullmatch(path.name)]
     if others:
         raise DataError(
-            f"{out_dir}: not replaced, because it holds more than token shards: {min(others)}. "
-            "Choose another --out."
+            f"{out_dir}: not replaced, because it holds more than token shards: {min(others)}. Choose another --out."
         )
 
 

@@ -49,9 +49,7 @@ def check(paths: Sequence[Path]) -> int:
         if not path.exists():
             raise DataError(f"{path}: no such file (working directory {Path.cwd()}). Check the path.")
         if not path.is_file() or not os.access(path, os.R_OK):
-            raise DataError(
-                f"{path}: expected a readable file. Name the files themselves, as in {path}/*.txt."
-            )
+            raise DataError(f"{path}: expected a readable file. Name the files themselves, as in {path}/*.txt.")
     return sum(path.stat().st_size for path in paths)
 
 
@@ -79,9 +77,7 @@ def read(
         raise DataError(f"no line of the input is exactly {separator!r}. Check --separator, or leave it out.")
 
 
-def pieces(
-    blocks: Iterable[str], *, num_chars: int = PIECE_CHARS, max_chars: int = MAX_PIECE_CHARS
-) -> Iterator[str]:
+def pieces(blocks: Iterable[str], *, num_chars: int = PIECE_CHARS, max_chars: int = MAX_PIECE_CHARS) -> Iterator[str]:
     """Cut a text, given in blocks, into pieces that tokenize as the whole: of num_chars or a little more.
 
     ValueError where there is no place to cut in max_chars.
@@ -189,9 +185,7 @@ def _lines(path: Path, blocks: Iterable[str]) -> Iterator[str]:
         *lines, rest = (rest + block).split("\n")
         yield from (f"{line}\n" for line in lines)
         if len(rest) > MAX_PIECE_CHARS:
-            raise DataError(
-                f"{path}: a line longer than {MAX_PIECE_CHARS:,} characters. Break it into lines."
-            )
+            raise DataError(f"{path}: a line longer than {MAX_PIECE_CHARS:,} characters. Break it into lines.")
     if rest:
         yield rest
 
@@ -203,8 +197,7 @@ def _json_lines(path: Path, file: BinaryIO, field: str) -> Iterator[list[str]]:
             return
         if len(line) > MAX_LINE_BYTES:
             raise DataError(
-                f"{path}, line {number:,}: longer than {MAX_LINE_BYTES:,} bytes. Write one JSON object "
-                "per line."
+                f"{path}, line {number:,}: longer than {MAX_LINE_BYTES:,} bytes. Write one JSON object per line."
             )
         if not line.isspace():
             yield [_json_field(line, field, f"{path}, line {number:,}")]
@@ -214,14 +207,10 @@ def _json_field(line: bytes, field: str, where: str) -> str:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: expected one JSON object in UTF-8: {error}. Mend or drop the line."
-        ) from error
+        raise DataError(f"{where}: expected one JSON object in UTF-8: {error}. Mend or drop the line.") from error
     if not isinstance(record, dict) or field not in record:
         found = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
-        raise DataError(
-            f"{where}: expected an object with field {field!r}, found {found}. Choose by --field."
-        )
+        raise DataError(f"{where}: expected an object with field {field!r}, found {found}. Choose by --field.")
     text = record[field]
     if not isinstance(text, str):
         raise DataError(
@@ -230,9 +219,7 @@ def _json_field(line: bytes, field: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: half a surrogate pair is no text ({error}). Mend or drop the line."
-        ) from error
+        raise DataError(f"{where}: half a surrogate pair is no text ({error}). Mend or drop the line.") from error
     return text
 
 
@@ -248,9 +235,7 @@ def _parquet_rows(path: Path, column: str, progress: Progress) -> Iterator[list[
             num_rows = file.metadata.num_rows
             yield from _rows(path, file.iter_batches(ROWS, columns=[column]), num_rows, progress)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot read as Parquet: {error}. Is it complete? Fetch it again."
-        ) from error
+        raise DataError(f"{path}: cannot read as Parquet: {error}. Is it complete? Fetch it again.") from error
 
 
 def _check_column(path: Path, schema: Any, column: str) -> None:

@@ -25,12 +25,8 @@ VAL_TOKENS = 100_000
 )
 @click.option("--field", default="text", help="JSON field or Parquet column that holds the text.")
 @click.option("--separator", help="A line that ends a document in a text file.  [default: one per file]")
-@click.option(
-    "--val-tokens", type=click.IntRange(0), default=VAL_TOKENS, help="How many first tokens to validate on."
-)
-@click.option(
-    "--shard-tokens", type=click.IntRange(1, MAX_TOKENS), default=SHARD_TOKENS, help="Tokens in a file."
-)
+@click.option("--val-tokens", type=click.IntRange(0), default=VAL_TOKENS, help="How many first tokens to validate on.")
+@click.option("--shard-tokens", type=click.IntRange(1, MAX_TOKENS), default=SHARD_TOKENS, help="Tokens in a file.")
 @click.option("--workers", type=click.IntRange(1), help="Processes that tokenize.  [default: one per core]")
 @click.option("--overwrite", is_flag=True, help="Replace the folder, if it holds nothing but shards.")
 def main(

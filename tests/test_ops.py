@@ -89,9 +89,7 @@ def test_linear(with_bias, with_residual, with_gelu):
         dtype = np.result_type(pre, weight, bias if with_bias else pre)
         inp = gelu(pre) if with_gelu else pre
         out, pre_gelu = np.empty((B, T, OC), dtype), np.empty((B, T, OC), dtype)
-        OPS.linear.forward(
-            out, inp, weight, bias, residual=residual, pre_gelu=pre_gelu if with_gelu else None
-        )
+        OPS.linear.forward(out, inp, weight, bias, residual=residual, pre_gelu=pre_gelu if with_gelu else None)
         if with_gelu:
             np.testing.assert_array_equal(out, gelu(pre_gelu))
             return pre_gelu
@@ -185,9 +183,7 @@ def test_classifier():
     np.testing.assert_array_equal(dlogits[..., V:], 0)
     np.testing.assert_array_equal(losses, forward(logits))
     p = np.exp(logits[..., :V]) / np.exp(logits[..., :V]).sum(axis=-1, keepdims=True)
-    np.testing.assert_allclose(
-        losses, -np.log(np.take_along_axis(p, targets[..., None], 2)[..., 0]), rtol=1e-12
-    )
+    np.testing.assert_allclose(losses, -np.log(np.take_along_axis(p, targets[..., None], 2)[..., 0]), rtol=1e-12)
 
     mean = np.array(0.5)
     OPS.classifier.add_mean(mean, losses, 0.25)

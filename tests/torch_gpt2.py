@@ -5,7 +5,9 @@ a user would write.
 """
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -58,7 +60,7 @@ class TorchGPT2(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def make_step(config: GPT2Config, inp, targets):
+def make_step(config: GPT2Config, inp: np.ndarray, targets: np.ndarray) -> Callable[[], float]:
     """A training step on one batch (int32 arrays (B,T)): forward, backward, clip, AdamW. Returns the loss."""
     model = TorchGPT2(config)
     x, y = torch.from_numpy(inp).long(), torch.from_numpy(targets).long()

@@ -218,9 +218,7 @@ class GPT2:
         ops.linear.backward(a.dbranch, g.wte, None, a.logits, a.lnf, p.wte)
         a.dx.fill(0)
         x = a.h[-1].out
-        ops.layernorm.backward(
-            a.dx, g.lnfw, g.lnfb, a.dbranch, x, p.lnfw, a.lnf_mean, a.lnf_rstd, g.h[-1].fcprojb
-        )
+        ops.layernorm.backward(a.dx, g.lnfw, g.lnfb, a.dbranch, x, p.lnfw, a.lnf_mean, a.lnf_rstd, g.h[-1].fcprojb)
         for layer in reversed(range(self.config.L)):
             x, dbias_below = (a.h[layer - 1].out, g.h[layer - 1].fcprojb) if layer else (a.encoded, None)
             self._block_backward(a, p.h[layer], g.h[layer], x, a.h[layer], dbias_below)
@@ -260,18 +258,14 @@ class GPT2:
             ops.layernorm.forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.mid, p.ln2w, p.ln2b)
         ops.linear.backward(s.dfc, g.fcprojw, None, s.dx, a.gelu, p.fcprojw, pre_gelu=a.fc)
         ops.linear.backward(s.dbranch, g.fcw, g.fcb, s.dfc, a.ln2, p.fcw)
-        ops.layernorm.backward(
-            s.dx, g.ln2w, g.ln2b, s.dbranch, a.mid, p.ln2w, a.ln2_mean, a.ln2_rstd, g.attprojb
-        )
+        ops.layernorm.backward(s.dx, g.ln2w, g.ln2b, s.dbranch, a.mid, p.ln2w, a.ln2_mean, a.ln2_rstd, g.attprojb)
 
         if self.recompute >= 2:
             ops.layernorm.forward(a.ln1, a.ln1_mean, a.ln1_rstd, x, p.ln1w, p.ln1b)
         ops.linear.backward(s.dbranch, g.attprojw, None, s.dx, a.att, p.attprojw)
         ops.attention.backward(s.dqkv, s.dbranch, a.qkv, a.att, a.lse)
         ops.linear.backward(s.dbranch, g.qkvw, g.qkvb, s.dqkv, a.ln1, p.qkvw)
-        ops.layernorm.backward(
-            s.dx, g.ln1w, g.ln1b, s.dbranch, x, p.ln1w, a.ln1_mean, a.ln1_rstd, dbias_below
-        )
+        ops.layernorm.backward(s.dx, g.ln1w, g.ln1b, s.dbranch, x, p.ln1w, a.ln1_mean, a.ln1_rstd, dbias_below)
 
     def _activations(self, shape: tuple[int, int]) -> SimpleNamespace:
         """Views of the activation arena for micro-batches of this shape (B,T), no larger than the declared one."""

@@ -16,17 +16,13 @@ class TorchGenerator:
     """The stream of torch.Generator().manual_seed(seed)."""
 
     def __init__(self, seed: int):
-        self._words = np.random.RandomState(
-            seed
-        )  # the same twister and seeding; numpy promises this stream for good
+        self._words = np.random.RandomState(seed)  # the same twister and seeding; numpy promises this stream for good
 
     def normal(self, shape: tuple[int, ...], std: float) -> np.ndarray:
         """float32 (shape): torch.empty(shape).normal_(0, std), up to float32 rounding. At least 16 elements."""
         size = math.prod(shape)
         if size < GROUP:
-            raise ValueError(
-                f"PyTorch draws tensors of fewer than {GROUP} elements another way, shape is {shape}"
-            )
+            raise ValueError(f"PyTorch draws tensors of fewer than {GROUP} elements another way, shape is {shape}")
         out = np.empty(size, np.float32)
         whole = size // GROUP * GROUP
         for start in range(0, whole, PIECE):

@@ -19,15 +19,13 @@ import numpy as np
 from engine.ops.numpy.parallel import for_each_block
 from engine.ops.numpy.scratch import scratch
 
-QUERIES = (
-    64  # in a block: enough for a matrix multiply, few enough that little of the masked half is computed
-)
+QUERIES = 64  # in a block: enough for a matrix multiply, few enough that little of the masked half is computed
 
 
 def forward(out: np.ndarray, lse: np.ndarray, qkv: np.ndarray) -> None:
     """out (B,T,C) =, lse (B,NH,T) = log-sum-exp of the scores, kept for backward; qkv (B,T,3C), NH by lse."""
     q, k, v, o = *_heads(qkv, lse, 3), *_heads(out, lse, 1)
-    T, HS = q.shape[2:]
+    T = q.shape[2]
 
     def attend(batch: slice) -> None:
         for queries, keys in _query_blocks(T):

@@ -22,9 +22,7 @@ def forward(losses: np.ndarray, logits: np.ndarray, targets: np.ndarray, V: int)
     for_each_block(classify, len(losses), V)
 
 
-def forward_backward(
-    losses: np.ndarray, logits: np.ndarray, targets: np.ndarray, V: int, dloss: float
-) -> None:
+def forward_backward(losses: np.ndarray, logits: np.ndarray, targets: np.ndarray, V: int, dloss: float) -> None:
     """losses (B,T) = as forward, and logits (B,T,Vp) become dlogits in place: their gradient times dloss."""
     logits, losses, targets = rows(logits), losses.reshape(-1), targets.reshape(-1)
 

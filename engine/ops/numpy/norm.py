@@ -11,6 +11,4 @@ def squared(out: np.ndarray, grads: np.ndarray) -> None:
     Two stages, as on a GPU: a sum for each block in the dtype of grads, then the blocks in out's. Blocks are fixed,
     so the same gradients give the same bits.
     """
-    out[...] = sum(
-        float(np.dot(part, part)) for part in (grads[block] for block in blocks(grads.size, 1))
-    )
+    out[...] = sum(float(np.dot(part, part)) for part in (grads[block] for block in blocks(grads.size, 1)))
