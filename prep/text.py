@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from engine.errors import UserError
+from engine.errors import exit_on_user_error
 from engine.shards import MAX_TOKENS
 from engine.tokenizer import GPT2, Bytes
 from prep import documents
@@ -29,6 +29,7 @@ VAL_TOKENS = 100_000
 @click.option("--shard-tokens", type=click.IntRange(1, MAX_TOKENS), default=SHARD_TOKENS, help="Tokens in a file.")
 @click.option("--workers", type=click.IntRange(1), help="Processes that tokenize.  [default: one per core]")
 @click.option("--overwrite", is_flag=True, help="Replace the folder, if it holds nothing but shards.")
+@exit_on_user_error
 def main(
     files: tuple[Path, ...],
     out: Path,
@@ -53,22 +54,18 @@ def main(
       python -m prep.text fineweb/*.parquet --out data/fineweb --val-tokens 10000000
       python -m prep.text posts.jsonl.gz --field body --out data/posts --overwrite
     """
-    try:
-        with _progress(documents.check(files)) as progress:
-            pieces = documents.read(files, field=field, separator=separator, progress=progress)
-            summary = write_dataset(
-                pieces,
-                out,
-                out.resolve().name,
-                tokenizer,
-                val_tokens=val_tokens,
-                shard_tokens=shard_tokens,
-                workers=workers or _num_cores(),
-                overwrite=overwrite,
-            )
-    except UserError as error:
-        click.echo(error, err=True)
-        sys.exit(error.exit_code)
+    with _progress(documents.check(files)) as progress:
+        pieces = documents.read(files, field=field, separator=separator, progress=progress)
+        summary = write_dataset(
+            pieces,
+            out,
+            out.resolve().name,
+            tokenizer,
+            val_tokens=val_tokens,
+            shard_tokens=shard_tokens,
+            workers=workers or _num_cores(),
+            overwrite=overwrite,
+        )
     click.echo(summary)
 
 

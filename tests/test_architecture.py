@@ -15,7 +15,7 @@ LAYERS = (
     ("launcher", "interrupt", "arena", "device", "ops", "data", "checkpoint"),
     ("llmc_model", "models"),
     ("optimizer", "log"),
-    ("evaluate", "sample", "report", "options"),
+    ("evaluate", "sample", "report", "options", "export"),
     ("training",),
 )
 # And of those, a model sees no data, an operation no model.

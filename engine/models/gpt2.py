@@ -59,6 +59,8 @@ FINAL_PARAMETERS = (
 
 NORMAL_STD = 0.02
 
+MODEL_FILE = "model.safetensors"  # where a checkpoint keeps the parameters
+
 
 @dataclass(frozen=True)
 class Activation:
