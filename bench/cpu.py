@@ -27,7 +27,7 @@ from engine.models.gpt2 import GPT2, decayed, initialize
 from engine.ops.numpy.parallel import CORES
 from engine.optimizer import AdamW
 
-ROUNDS, STEPS_PER_ROUND, WARM_UP = 10, 20, 10
+STEPS_PER_ROUND, WARM_UP = 20, 10
 
 
 def make_step(
@@ -114,10 +114,20 @@ def one_round(step: Callable[[], float]) -> float:
 @click.option("--channels", "C", default=128, help="Channels.")
 @click.option("--vocabulary", "V", default=256, help="Tokens in the vocabulary.")
 @click.option("-r", "recompute", type=click.IntRange(0, 2), default=0, help="Recomputation, as in train.py.")
+@click.option("--rounds", "num_rounds", type=click.IntRange(1), default=10, help=f"Of {STEPS_PER_ROUND} steps each.")
 @click.option("--beside-torch", is_flag=True, help="Time PyTorch eager in the same run.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
 def main(
-    B: int, T: int, L: int, NH: int, C: int, V: int, recompute: int, beside_torch: bool, json_path: Path | None
+    B: int,
+    T: int,
+    L: int,
+    NH: int,
+    C: int,
+    V: int,
+    recompute: int,
+    num_rounds: int,
+    beside_torch: bool,
+    json_path: Path | None,
 ) -> None:
     """Milliseconds of a training step on the CPU, and where they go."""
     config = GPT2Config(maxT=T, V=V, L=L, NH=NH, C=C)
@@ -134,7 +144,7 @@ def main(
     for step in contenders.values():
         for _ in range(WARM_UP):
             step()
-    for _ in range(ROUNDS):
+    for _ in range(num_rounds):
         for name, step in contenders.items():
             rounds[name].append(one_round(step))
 
@@ -145,7 +155,9 @@ def main(
     floor = min(matmul_milliseconds(config, B * T) for _ in range(5))
 
     print(f"{processor()}, {CORES} threads, Python {platform.python_version()}, numpy {np.__version__}")
-    print(f"B={B} T={T} L={L} NH={NH} C={C} V={V} -r {recompute}, float32; {ROUNDS} rounds of {STEPS_PER_ROUND} steps")
+    print(
+        f"B={B} T={T} L={L} NH={NH} C={C} V={V} -r {recompute}, float32; {num_rounds} rounds of {STEPS_PER_ROUND} steps"
+    )
     for name, times in rounds.items():
         print(f"{name:20} {np.median(times):7.2f} ms a step (rounds {min(times):.2f} to {max(times):.2f})")
     if beside_torch:

@@ -275,8 +275,6 @@ class RunConfig:
             problems.append("-nk and -nm choose among checkpoints, of which there are none without -n")
         if self.keep_major and not self.keep_checkpoints:
             problems.append("-nm exempts checkpoints from -nk, which is not given: all are kept anyway")
-        if self.steps >= 1 and self.warmup > self.steps:
-            problems.append(f"-u {self.warmup} steps of warm-up are more than the run's -x {self.steps} steps")
         return problems
 
     def _not_yet(self) -> list[str]:

@@ -235,8 +235,6 @@ def _steps(run: RunConfig, samples: Samples) -> int:
             f"an epoch is {len(samples):,} samples of {run.T} tokens, a step takes {run.samples_per_step:,}: not one "
             "step. Give -x, a smaller -b or -d, or more data"
         )
-    if run.warmup > steps:
-        raise UsageError(f"-u {run.warmup} steps of warm-up are more than the {steps} steps of an epoch")
     return steps
 
 
