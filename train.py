@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,12 @@ def main(run: RunConfig) -> int:
     require_one_rank(os.environ)
     if run.train_data == DEMO["train_data"]:
         prepare_demo()
-    lock = RunLock(run.out_dir) if run.out_dir else None
+    with RunLock(run.out_dir) if run.out_dir else nullcontext():
+        return build_and_train(run)
+
+
+def build_and_train(run: RunConfig) -> int:
+    """Everything is checked before the log is opened, and thus before the first step."""
     t = training.build(run, say=lambda line: print(line, flush=True))
     log = RunLog(t.out_dir, t.start, t.steps)
     log.say(training.plan(t))
@@ -67,8 +73,6 @@ def main(run: RunConfig) -> int:
         return train(t, log)
     finally:
         log.close()
-        if lock:
-            lock.release()
 
 
 def train(t: Training, log: RunLog) -> int:
@@ -87,9 +91,7 @@ def train(t: Training, log: RunLog) -> int:
         if last:
             break
         if stopped:
-            log.say(
-                f"stopped by {stopped} after step {step}" + (", saved" if t.out_dir else "; not saved, for want of -o")
-            )
+            log.say(f"stopped by {stopped} after step {step}" + ("" if t.out_dir else "; not saved, for want of -o"))
             return STOPPED_AND_SAVED if t.out_dir else STOPPED
 
         began = time.perf_counter()
@@ -167,7 +169,10 @@ def save(t: Training, step: int, log: RunLog, *, must: bool) -> None:
 
 def draw(t: Training, log: RunLog) -> None:
     if t.out_dir and have_matplotlib():
-        log.say(f"loss curve: {draw_loss(t.out_dir)}")
+        try:
+            log.say(f"loss curve: {draw_loss(t.out_dir)}")
+        except OSError as error:
+            log.say(f"warning: no loss curve: {error.strerror}")
     elif t.out_dir:
         log.say(f"no loss curve: pip install matplotlib, then python -m engine.report {t.out_dir}")
 

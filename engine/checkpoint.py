@@ -32,6 +32,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from engine.disk import sync
 from engine.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -94,6 +95,8 @@ class RunLock:
     def __init__(self, run_dir: str | Path) -> None:
         self.path = Path(run_dir) / ".lock"
         try:
+            if self.path.parent.exists() and not self.path.parent.is_dir():
+                raise NotADirectoryError(f"{self.path.parent} is not a directory")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -219,15 +222,6 @@ def prune(run_dir: str | Path, *, keep: int, every_major: int) -> list[int]:
             "  fix: make the directory writable, or keep all checkpoints"
         ) from error
     return [step for _, step in doomed]
-
-
-def sync(path: str | Path) -> None:
-    """Return once a file's content, or a directory's entries, are on the disk. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class _DamagedError(Exception):

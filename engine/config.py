@@ -23,10 +23,10 @@ class GPT2Config:
     def __post_init__(self) -> None:
         for item in fields(self):
             if getattr(self, item.name) < 1:
-                raise UsageError(f"a model needs {item.name} >= 1, not {getattr(self, item.name)}")
+                raise UsageError(f"-e: a model needs {item.name} >= 1, not {getattr(self, item.name)}")
         if self.C % self.NH:
             raise UsageError(
-                f"{self.C} channels do not divide into {self.NH} heads; take a multiple of {self.NH} channels"
+                f"-e: {self.C} channels do not divide into {self.NH} heads; take a multiple of {self.NH} channels"
             )
 
     @property
@@ -246,14 +246,16 @@ class RunConfig:
             (self.max_norm >= 0, "--clip", "0 or more", self.max_norm),
             (self.max_loss_z >= 0, "-sl", "0 or more", self.max_loss_z),
             (self.max_norm_z >= 0, "-sg", "0 or more", self.max_norm_z),
+            (self.num_processes >= 1, "-pn", "at least 1", self.num_processes),
             (0 <= self.seed < 2**32, "--seed", "between 0 and 2^32 - 1", self.seed),
         ]
         problems = [f"{flag} must be {allowed}, not {value}" for fine, flag, allowed, value in rules if not fine]
+        told = " ".join(problems)
         floats = [item.name for item in fields(self) if isinstance(item.default, float)]
         problems += [
             f"{self.flag(name)} must be a finite number, not {getattr(self, name)}"
             for name in floats
-            if not math.isfinite(getattr(self, name))
+            if not math.isfinite(getattr(self, name)) and f"{self.flag(name)} must" not in told
         ]
         return problems
 
@@ -286,7 +288,7 @@ class RunConfig:
             problems.append(f"--device cuda {LATER}; --device cpu runs now")
         if self.gpu_log_every > 0:
             problems.append(f"-lg: logging a GPU's state {LATER}, with --device cuda")
-        if self.num_processes != 1 or self.process_rank != 0:
+        if self.num_processes > 1 or self.process_rank != 0:
             problems.append(f"-pn {self.num_processes} -pr {self.process_rank}: training on several ranks {LATER}")
         if self.init_method != "mpi" or self.server_ip or self.fs_path:
             problems.append(f"-pi {self.init_method}, -ps, -pf: training on several ranks {LATER}")

@@ -17,7 +17,7 @@ from types import TracebackType
 import numpy as np
 
 from engine.errors import DataError
-from engine.shards import Shard
+from engine.shards import Shard, fingerprint
 
 Batch = tuple[np.ndarray, np.ndarray]
 _Request = tuple[int, "Future[Batch]"]
@@ -57,8 +57,8 @@ class Samples:
         return rows[:, :-1].copy(), rows[:, 1:].copy()
 
     def describe(self) -> list[list[str | int]]:
-        """[file name, number of tokens] of each shard, as JSON can hold it: equal for the same data set."""
-        return [[shard.path.name, len(shard.tokens)] for shard in self._shards]
+        """[file name, number of tokens, fingerprint] of each shard, as JSON can hold it: equal for the same data."""
+        return [[shard.path.name, len(shard.tokens), fingerprint(shard)] for shard in self._shards]
 
     def _too_short(self) -> str:
         if not self._shards:

@@ -60,6 +60,8 @@ def exit_on_user_error(function: Callable[..., Any]) -> Callable[..., None]:
         except UserError as error:
             print(error, file=sys.stderr)
             code = error.exit_code
+        except KeyboardInterrupt:
+            code = STOPPED
         sys.exit(code)
 
     return command

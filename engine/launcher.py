@@ -17,7 +17,8 @@ def ranks(environ: Mapping[str, str]) -> tuple[int, int]:
     """(number of ranks, this process's rank); (1, 0) where nothing launched several."""
     for size, rank in VARIABLES:
         if environ.get(size, "").isdigit():
-            return int(environ[size]), int(environ.get(rank, "0"))
+            found = environ.get(rank, "0")
+            return int(environ[size]), int(found) if found.isdigit() else 0
     return 1, 0
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from engine.checkpoint import sync
+from engine.disk import sync
 from engine.errors import CheckpointError
 
 MAGIC = 20240326

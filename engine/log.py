@@ -7,6 +7,8 @@ log.jsonl   one object a line, with "step" and "kind":
             val:   loss            sample: text
 """
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -27,7 +29,10 @@ class RunLog:
     those of a run that never stopped. A log that can't be written any more never ends a run: it says so once.
     """
 
-    def __init__(self, out_dir: Path | None, start: int, steps: int, stream: TextIO = sys.stdout):
+    def __init__(self, out_dir: Path | None, start: int, steps: int, stream: TextIO | None = None):
+        stream = stream or sys.stdout
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
         self._stream, self._start, self._steps = stream, start, steps
         self._live = stream.isatty()
         self._line_open = False
@@ -43,10 +48,20 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line for people."""
-        if self._line_open:
-            self._stream.write("\n")
-            self._line_open = False
-        print(text, file=self._stream, flush=True)
+        self._show("\n" * self._line_open + text + "\n")
+        self._line_open = False
+
+    def _show(self, text: str) -> None:
+        """text on the stream; into the void from the first time on that the stream cannot take it."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            # What the stream still holds must go nowhere too, or Python's own flush at the end would fail.
+            void = Path(os.devnull).open("w")  # noqa: SIM115
+            with contextlib.suppress(OSError):
+                os.dup2(void.fileno(), self._stream.fileno())
+            self._stream, self._live = void, False
 
     def train(
         self,
@@ -97,19 +112,18 @@ class RunLog:
     def sample(self, step: int, text: str) -> None:
         """Text generated after `step` updates."""
         self._record(step, "sample", text=text)
-        self.say(f"step {step}: sample\n---\n{text}\n---")
+        self.say(f"step {step}: sample\n---\n{printable(text)}\n---")
 
     def close(self) -> None:
         if self._line_open:
-            self._stream.write("\n")
+            self._show("\n")
         for file in self._files.values():
             file.close()
 
     def _status(self, line: str, *, last: bool) -> None:
         if self._live:
             width = os.get_terminal_size(self._stream.fileno()).columns
-            self._stream.write("\r\x1b[K" + line[: width - 1])
-            self._stream.flush()
+            self._show("\r\x1b[K" + line[: width - 1])
             self._line_open = True
         elif last or time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
@@ -139,6 +153,11 @@ def _score(z: float) -> str:
     return f" ({z:+.2f}z)" if math.isfinite(z) else ""
 
 
+def printable(text: str) -> str:
+    """text without control characters: a young model writes any, and a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def duration(seconds: float) -> str:
     """3h05m, 3m05s or 5s."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -161,10 +180,10 @@ def _reopen(path: Path, start: int, step_of: Any) -> TextIO:
     """path open for appending, without the lines of steps from `start` on and what a crash cut short."""
     kept = []
     if start and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             try:
-                if step_of(line) < start:
-                    kept.append(line + "\n")
+                if line.endswith("\n") and step_of(line) < start:
+                    kept.append(line)
             except (ValueError, KeyError, IndexError):
                 break
     temporary = path.with_name(f".{path.name}.tmp")

@@ -12,6 +12,7 @@ import numpy as np
 from engine import checkpoint, device, ops, tokenizer
 from engine.config import GPT2Config
 from engine.errors import CheckpointError, UsageError, exit_on_user_error
+from engine.log import printable
 from engine.models.gpt2 import GPT2, MODEL_FILE
 
 # Contexts are padded to a multiple of this, so that few shapes occur. What comes after a token never reaches it.
@@ -35,7 +36,7 @@ def generate(
 
     The model sees the last T tokens at most. The same seed and step give the same draws.
     """
-    coins = np.random.Philox(key=[seed, SAMPLING | step]).random_raw(count) / 2**64
+    coins = (np.random.Philox(key=np.array([seed, SAMPLING | step], np.uint64)).random_raw(count) >> 11) / 2**53
     context = list(prompt)
     drawn = dev.zeros((1,), np.int32)
     for coin in coins:
@@ -72,7 +73,7 @@ def main(run_dir: Path, prompt: str, count: int, temperature: float, seed: int) 
         model.params.views[name][...] = dev.to_device(values)
     context = [tokens.eot, *tokens.encode(prompt).tolist()]
     drawn = generate(model, dev, context, count, T=T, seed=seed, step=saved.step, temperature=temperature)
-    click.echo(prompt + tokens.decode(drawn))
+    click.echo(prompt + printable(tokens.decode(drawn)))
 
 
 if __name__ == "__main__":

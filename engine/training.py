@@ -1,8 +1,10 @@
 """A run being built: every option, file and byte of memory checked before the first step; and saved and restored."""
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +15,7 @@ from engine import checkpoint, device, llmc_model, ops, shards, tokenizer
 from engine.arena import Arena, memory_of
 from engine.config import GPT2Config, RunConfig, model_from_descriptor
 from engine.data import Loader, Samples
-from engine.errors import DataError, OutOfMemoryError, UsageError
+from engine.errors import CheckpointError, DataError, OutOfMemoryError, UsageError
 from engine.models import gpt2
 from engine.optimizer import AdamW, optimizer_tensors
 from engine.shards import Shard
@@ -82,7 +84,7 @@ def build(run: RunConfig, say: Callable[[str], None]) -> Training:
 
     train_shards = [] if run.overfit else _open(run.train_data, "-i")
     wants_val = run.val_every > 0 or run.overfit
-    val_shards = _open(run.val_data, "-j") if wants_val else []
+    val_shards = _open(run.val_data, "-j", run.overfit) if wants_val else []
     V, tokens = _vocabulary(run, train_shards + val_shards)
     config, weights = _model(run, V)
     for shard in train_shards + val_shards:
@@ -97,6 +99,10 @@ def build(run: RunConfig, say: Callable[[str], None]) -> Training:
     }
     if saved:
         _require_same_run(saved, identity, say)
+        if saved.step > steps:
+            raise UsageError(f"-x {steps} lies behind {saved.path}, which has {saved.step:,} steps: give a larger -x")
+    if run.resume:
+        say(f"resumed from {saved.path}" if saved else f"no checkpoint in {run.out_dir} yet: starting at step 0")
     _require_memory(run, config, dev)
 
     model = gpt2.GPT2(config, operations, dev, B=run.B, T=run.T, recompute=run.recompute, dtype=dev.COMPUTE_DTYPE)
@@ -161,7 +167,10 @@ def plan(training: Training) -> str:
 
 def write_config(out_dir: Path, identity: dict[str, Any]) -> None:
     """out_dir/config.json: what the run is, for people and programs."""
-    (out_dir / "config.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+    try:
+        (out_dir / "config.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{out_dir}: cannot write config.json: {error.strerror}") from error
 
 
 def _saved_run(run: RunConfig, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
@@ -174,15 +183,14 @@ def _saved_run(run: RunConfig, say: Callable[[str], None]) -> checkpoint.Checkpo
             f"{run.out_dir} holds checkpoints up to step {saved.step:,}: -y 1 goes on from there; "
             "to start anew give another -o, or delete the directory"
         )
-    if run.resume:
-        say(f"resumed from {saved.path}" if saved else f"no checkpoint in {run.out_dir} yet: starting at step 0")
     return saved
 
 
-def _open(pattern: str, flag: str) -> list[Shard]:
+def _open(pattern: str, flag: str, overfit: bool = False) -> list[Shard]:
     if not pattern:
         what = "validate (-v) and overfit (-a)" if flag == "-j" else "train"
-        raise UsageError(f"{flag} is missing: it names the token shards to {what} on; -v 0 does without validation")
+        remedy = "; -v 0 does without validation" if flag == "-j" and not overfit else ""
+        raise UsageError(f"{flag} is missing: it names the token shards to {what} on{remedy}")
     return [shards.open_shard(path) for path in shards.expand(pattern)]
 
 
@@ -239,7 +247,12 @@ def _steps(run: RunConfig, samples: Samples) -> int:
 
 
 def _memory(run: RunConfig, config: GPT2Config, dev: ModuleType) -> dict[str, int]:
-    """Bytes by class, as the tables say."""
+    """Bytes by class, as the tables say; of two layers, whose difference the others cost too."""
+    one, two = (_memory_of_tables(run, replace(config, L=L), dev) for L in (1, 2))
+    return {name: one[name] + (config.L - 1) * (two[name] - one[name]) for name in one}
+
+
+def _memory_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType) -> dict[str, int]:
     parameters = gpt2.parameter_tensors(config, dev.COMPUTE_DTYPE)
     activations = gpt2.activation_tensors(
         config,
@@ -261,10 +274,12 @@ def _require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType) -> None
     memory, free = _memory(run, config, dev), dev.available_bytes()
     if sum(memory.values()) <= free:
         return
+    samples = run.samples_per_step
+    small = [n for n in range(1, math.isqrt(samples) + 1) if samples % n == 0]
+    divisors = {B for n in small for B in (n, samples // n) if B <= run.B}
     candidates = (
-        replace(run, B=B, recompute=level, total_batch=run.samples_per_step * run.T)
-        for B in range(run.B, 0, -1)
-        if run.samples_per_step % B == 0
+        replace(run, B=B, recompute=level, total_batch=samples * run.T)
+        for B in sorted(divisors, reverse=True)
         for level in (run.recompute, 2)
     )
     fitting = (r for r in candidates if sum(_memory(r, config, dev).values()) <= free)
@@ -278,7 +293,10 @@ def _require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType) -> None
 
 def _initialize(model: gpt2.GPT2, config: GPT2Config, seed: int, dev: ModuleType) -> None:
     host = Arena(gpt2.parameter_tensors(config, np.float32), lambda shape, dtype: np.zeros(shape, dtype))
-    gpt2.initialize(config, host.views, seed)
+    try:
+        gpt2.initialize(config, host.views, seed)
+    except ValueError as error:
+        raise UsageError(f"-e is too small a model: {error}") from error
     _restore(host.views, model.params.views, dev)
 
 
@@ -295,7 +313,7 @@ def _require_same_run(saved: checkpoint.Checkpoint, identity: dict[str, Any], sa
         {**before["model"], "tokenizer": before["tokenizer"]}, {**now["model"], "tokenizer": now["tokenizer"]}
     )
     options = _differences(before["options"], now["options"])
-    differing += [line for line in options if line[0] in FIXED_OPTIONS]
+    differing += [(f"{RunConfig.flag(n)} ({n})", a, b) for n, a, b in options if n in FIXED_OPTIONS]
     if differing:
         raise UsageError(
             f"{saved.path} belongs to another run:\n"
@@ -305,7 +323,8 @@ def _require_same_run(saved: checkpoint.Checkpoint, identity: dict[str, Any], sa
     if before["data"] != now["data"]:
         raise DataError(
             f"the training data is not what {saved.path} was trained on: {_summary(before['data'])} there, "
-            f"{_summary(now['data'])} now. Give the same shards, or another -o"
+            f"{_summary(now['data'])} now; the first that differs is {_first_difference(before['data'], now['data'])}. "
+            "Give the same shards, or another -o"
         )
     changed = [line for line in options if line[0] not in (*FIXED_OPTIONS, *FREE_OPTIONS)]
     if changed:
@@ -318,4 +337,11 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
 
 
 def _summary(description: list[list[Any]]) -> str:
-    return f"{len(description)} shards of {sum(count for _, count in description):,} tokens"
+    return f"{len(description)} shards of {sum(count for _, count, _ in description):,} tokens"
+
+
+def _first_difference(before: list[list[Any]], now: list[list[Any]]) -> str:
+    """The name of the first shard that is not the same on both sides, or that one side lacks."""
+    pairs = zip_longest(before, now, fillvalue=["none"])
+    old, new = next((a, b) for a, b in pairs if a != b)
+    return f"{old[0]} there, {new[0]} now" if old[0] != new[0] else f"{new[0]}, whose content has changed"

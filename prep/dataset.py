@@ -25,8 +25,9 @@ from types import TracebackType
 
 import numpy as np
 
+from engine.disk import sync
 from engine.errors import DataError
-from engine.shards import ShardWriter, fsync_directory
+from engine.shards import ShardWriter
 from engine.tokenizer import load
 from prep.documents import PIECE_CHARS, Piece
 
@@ -277,7 +278,7 @@ def _committed_whole(out_dir: Path, overwrite: bool) -> Iterator[Path]:
             if out_dir.exists():
                 out_dir.rename(replaced)
             building.rename(out_dir)
-            fsync_directory(out_dir.parent)
+            sync(out_dir.parent)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise

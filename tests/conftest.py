@@ -147,20 +147,28 @@ def run_train() -> Callable[..., Run]:
     return run
 
 
+@contextlib.contextmanager
+def signals_restored() -> Iterator[None]:
+    """Whatever a run in this process does with signals, Ctrl-C ends the tests again afterwards."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def train_here() -> Iterator[Callable[..., int]]:
     """train_here(*args) -> exit code: the same main(), in this process, without the picture at the end."""
     import train
 
     def run(*args: object) -> int:
-        with pytest.raises(SystemExit) as end:
+        with signals_restored(), pytest.raises(SystemExit) as end:
             train.main.main([str(arg) for arg in args], standalone_mode=False)
         return end.value.code  # type: ignore[return-value]
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    handlers = {number: signal.getsignal(number) for number in numbers}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "have_matplotlib", lambda: False)
         yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)

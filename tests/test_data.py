@@ -74,7 +74,18 @@ def test_not_one_sample():
 
 
 def test_describe_names_files_and_tokens(samples):
-    assert samples.describe()[:2] == [["s_000000.bin", 41], ["s_000001.bin", 4]]
+    names_and_tokens = [shard[:2] for shard in samples.describe()]
+    assert names_and_tokens[:2] == [["s_000000.bin", 41], ["s_000001.bin", 4]]
+
+
+def test_describe_tells_changed_tokens(tmp_path):
+    """One token changed in a shard of the same name and length."""
+    descriptions = []
+    for last in (1, 2):
+        with ShardWriter(tmp_path / "a.bin", 256) as writer:
+            writer.append([5] * 99 + [last])
+        descriptions.append(Samples([open_shard(tmp_path / "a.bin")], 8).describe())
+    assert descriptions[0] != descriptions[1]
 
 
 def test_real_files(tmp_path):

@@ -47,6 +47,11 @@ def test_warm_up_is_linear_and_reaches_the_peak_with_its_last_step(schedule):
     assert found[:4] == [0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_shorter_than_its_warm_up_only_warms_up(schedule):
+    assert rates(3, schedule=schedule, lr=1.0, warmup=4, final_lr=0.1) == [0.25, 0.5, 0.75]
+
+
 def test_cosine_by_hand():
     """10 steps, 2 of warm-up, down to a tenth: 0.1 + 0.9 (1 + cos(pi r)) / 2 at r = 0, 1/4, 1/2."""
     found = rates(10, schedule="cosine", lr=1.0, warmup=2, final_lr=0.1)
@@ -69,9 +74,7 @@ def test_wsd_by_hand():
     """Of 20 steps, 16 at the peak; then 1 - sqrt(r) at r = 0, 1/4, 1/2, 3/4."""
     found = rates(20, schedule="wsd", lr=1.0, final_lr=0.2)
     assert found[:16] == [1.0] * 16
-    assert found[16:] == pytest.approx(
-        [0.2 + 0.8 * (1 - math.sqrt(r)) for r in (0, 0.25, 0.5, 0.75)], rel=1e-14
-    )
+    assert found[16:] == pytest.approx([0.2 + 0.8 * (1 - math.sqrt(r)) for r in (0, 0.25, 0.5, 0.75)], rel=1e-14)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -118,9 +121,7 @@ def test_segments_of_any_order(first, names):
         chosen = {name for flag in flags for name in flag}
         chosen = chosen if first else set(names) - chosen
         segments = list(_decay_segments(arena, chosen))
-        assert [i for span, _ in segments for i in range(span.start, span.stop)] == list(
-            range(arena.flat.size)
-        )
+        assert [i for span, _ in segments for i in range(span.start, span.stop)] == list(range(arena.flat.size))
         for name, span in arena.spans().items():
             assert [flag for s, flag in segments if s.start <= span.start < s.stop] == [name in chosen]
 
@@ -190,9 +191,7 @@ def test_a_step_that_is_not_finite_leaves_every_bit_and_training_goes_on(value, 
     assert optimizer.decision.skip
     after = snapshot(optimizer, params)
     windows = {"loss_window", "norm_window"}  # a finite loss beside a bad gradient counts, so these may move
-    assert {k: b for k, b in after.items() if k not in windows} == {
-        k: b for k, b in before.items() if k not in windows
-    }
+    assert {k: b for k, b in after.items() if k not in windows} == {k: b for k, b in before.items() if k not in windows}
     assert np.isfinite(optimizer.loss_window).all()
     assert np.isfinite(optimizer.norm_window).all()
 

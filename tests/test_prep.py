@@ -421,8 +421,8 @@ def test_command_help():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_text(tmp_path):
     script = (
-        "import sys; from prep.text import main\n"
-        "main(sys.argv[1:], standalone_mode=False)\n"
+        "import contextlib, sys; from prep.text import main\n"
+        "with contextlib.suppress(SystemExit): main(sys.argv[1:])\n"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\n"
     )
     peaks = []

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+CGROUP = Path("/sys/fs/cgroup")
 COMPUTE_DTYPE = np.float32  # of parameters, gradients and activations in a run
 
 
@@ -29,9 +30,15 @@ def to_host(array: np.ndarray) -> np.ndarray:
 
 
 def available_bytes() -> int:
-    """Memory that a run can still take, in bytes: the kernel's estimate, or all there is where it gives none."""
-    meminfo = Path("/proc/meminfo")
+    """Memory that a run can still take, in bytes: the kernel's estimate, or all there is where it gives none.
+
+    In a container, what its limit leaves.
+    """
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo, limit, used = Path("/proc/meminfo"), CGROUP / "memory.max", CGROUP / "memory.current"
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    return available
