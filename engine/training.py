@@ -1,9 +1,8 @@
 """A run being built: every option, file and byte of memory checked before the first step; and saved and restored."""
 
 import json
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
@@ -12,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from engine import checkpoint, device, llmc_model, ops, shards, tokenizer
-from engine.arena import Arena, memory_of
+from engine.arena import Arena
 from engine.config import GPT2Config, RunConfig, model_from_descriptor
 from engine.data import Loader, Samples
-from engine.errors import CheckpointError, DataError, OutOfMemoryError, UsageError
+from engine.errors import CheckpointError, DataError, UsageError
+from engine.memory import memory_by_class, require_memory
 from engine.models import gpt2
-from engine.optimizer import AdamW, optimizer_tensors
+from engine.optimizer import AdamW
 from engine.shards import Shard
 
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
@@ -103,7 +103,7 @@ def build(run: RunConfig, say: Callable[[str], None]) -> Training:
             raise UsageError(f"-x {steps} lies behind {saved.path}, which has {saved.step:,} steps: give a larger -x")
     if run.resume:
         say(f"resumed from {saved.path}" if saved else f"no checkpoint in {run.out_dir} yet: starting at step 0")
-    _require_memory(run, config, dev)
+    require_memory(run, config, dev)
 
     model = gpt2.GPT2(config, operations, dev, B=run.B, T=run.T, recompute=run.recompute, dtype=dev.COMPUTE_DTYPE)
     optimizer = AdamW(model.params, model.grads, gpt2.decayed(config), run, operations, dev)
@@ -135,7 +135,7 @@ def build(run: RunConfig, say: Callable[[str], None]) -> Training:
 def plan(training: Training) -> str:
     """What will happen, in a few lines."""
     run, config = training.run, training.config
-    memory = _memory(run, config, training.device)
+    memory = memory_by_class(run, config, training.device)
     lines = [
         f"model      GPT-2, {config.L} layers, {config.NH} heads, {config.C} channels, {config.V:,} tokens "
         f"(padded to {config.Vp:,}): {config.num_parameters:,} parameters",
@@ -244,51 +244,6 @@ def _steps(run: RunConfig, samples: Samples) -> int:
             "step. Give -x, a smaller -b or -d, or more data"
         )
     return steps
-
-
-def _memory(run: RunConfig, config: GPT2Config, dev: ModuleType) -> dict[str, int]:
-    """Bytes by class, as the tables say; of two layers, whose difference the others cost too."""
-    one, two = (_memory_of_tables(run, replace(config, L=L), dev) for L in (1, 2))
-    return {name: one[name] + (config.L - 1) * (two[name] - one[name]) for name in one}
-
-
-def _memory_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType) -> dict[str, int]:
-    parameters = gpt2.parameter_tensors(config, dev.COMPUTE_DTYPE)
-    activations = gpt2.activation_tensors(
-        config,
-        B=run.B,
-        T=run.T,
-        recompute=run.recompute,
-        dtype=dev.COMPUTE_DTYPE,
-        statistic_dtype=np.float32,
-    )
-    return {
-        "parameters": memory_of(parameters),
-        "gradients": memory_of(parameters),
-        "optimizer": 2 * memory_of(optimizer_tensors(parameters, np.float32)),
-        "activations": memory_of(activations),
-    }
-
-
-def _require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType) -> None:
-    memory, free = _memory(run, config, dev), dev.available_bytes()
-    if sum(memory.values()) <= free:
-        return
-    samples = run.samples_per_step
-    small = [n for n in range(1, math.isqrt(samples) + 1) if samples % n == 0]
-    divisors = {B for n in small for B in (n, samples // n) if B <= run.B}
-    candidates = (
-        replace(run, B=B, recompute=level, total_batch=samples * run.T)
-        for B in sorted(divisors, reverse=True)
-        for level in (run.recompute, 2)
-    )
-    fitting = (r for r in candidates if sum(_memory(r, config, dev).values()) <= free)
-    remedy = next((f"-b {r.B} -d {r.total_batch} -r {r.recompute}" for r in fitting), None)
-    raise OutOfMemoryError(
-        f"the run needs {sum(memory.values()) / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are free\n  "
-        + ", ".join(f"{name} {nbytes / 2**30:,.1f}" for name, nbytes in memory.items())
-        + (f"\n  this fits, with the same result: {remedy}" if remedy else "\n  no -b fits: take a smaller model -e")
-    )
 
 
 def _initialize(model: gpt2.GPT2, config: GPT2Config, seed: int, dev: ModuleType) -> None:

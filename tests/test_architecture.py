@@ -15,7 +15,7 @@ LAYERS = (
     ("launcher", "interrupt", "arena", "device", "ops", "data", "checkpoint", "llmc_model"),
     ("models",),
     ("optimizer", "log"),
-    ("evaluate", "sample", "report", "options", "export"),
+    ("evaluate", "sample", "report", "options", "export", "memory"),
     ("training",),
 )
 # And of those, a model sees no data, an operation no model.
@@ -46,6 +46,13 @@ def room(path: Path) -> str:
 def test_every_room_has_its_place():
     rooms = {room(path) for path in (ROOT / "engine").rglob("*.py")} - {"__init__"}
     assert rooms == {name for layer in LAYERS for name in layer}
+
+
+def test_every_package_is_installed():
+    listed = re.search(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    found = {p.parent.relative_to(ROOT) for d in ("engine", "prep") for p in (ROOT / d).rglob("__init__.py")}
+    assert listed
+    assert set(re.findall(r'"([\w.]+)"', listed[1])) == {".".join(path.parts) for path in found}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "engine").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
