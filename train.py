@@ -31,7 +31,7 @@ DEMO: dict[str, Any] = {
     "B": 8,
     "T": 128,
     "steps": 3200,
-    "lr": 5e-3,
+    "lr": 3e-3,
     "warmup": 100,
     "final_lr": 0.0,
     "weight_decay": 0.1,
@@ -41,7 +41,7 @@ DEMO: dict[str, Any] = {
     "sample_tokens": 400,
     "checkpoint_every": 400,
     "keep_checkpoints": 2,
-    "temperature": 0.8,
+    "temperature": 0.7,
     "recompute": 0,
 }
 

@@ -3,7 +3,7 @@
     python bench/cpu.py --beside-torch      beside PyTorch eager in the same run (needs the extra `oracle`)
 
 Rounds of both alternate, so that whatever else the machine does falls on both. The table gives each operation's share
-of a step, beside the time of the step's bare matrix multiplies.
+of a step, beside the time of one core for the step's bare matrix multiplies.
 """
 
 import json
@@ -163,7 +163,7 @@ def main(
     if beside_torch:
         ours, peer = (float(np.median(times)) for times in rounds.values())
         print(f"{'ratio':20} {ours / peer:7.2f}")
-    print(f"\nwhere {whole:.2f} ms go; the bare matrix multiplies of the linear layers take {floor:.2f} ms")
+    print(f"\nwhere {whole:.2f} ms go; the bare matrix multiplies of the linear layers take {floor:.2f} ms of one core")
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         ms = value / STEPS_PER_ROUND * 1000
         print(f"  {name:28} {ms:7.2f} ms {ms / whole:7.1%}")

@@ -21,18 +21,11 @@ SHORT = ["-x", "4", "-v", "2", "-s", "2", "-g", "5", "-n", "2"]
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
     """What a user has after cloning."""
-    root = tmp_path_factory.mktemp("clone")
-    tracked = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    for name in tracked:
-        if (ROOT / name).is_file():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, root / name)
+    root = tmp_path_factory.mktemp("clone") / "backhand"
+    made_here = shutil.ignore_patterns(
+        ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "data", "runs", "build"
+    )
+    shutil.copytree(ROOT, root, ignore=made_here)
     return root
 
 
