@@ -93,9 +93,9 @@ class RunLog:
         done = step + 1 - self._start
         left = (time.monotonic() - self._began) / done * (self._steps - step - 1)
         self._status(
-            f"step {step + 1:{len(str(self._steps))}}/{self._steps} | loss {loss:.4f}{_score(loss_z)} | "
-            f"norm {norm:.3f}{_score(norm_z)} | lr {lr:.2e} | {seconds * 1000:.1f} ms | "
-            f"{tokens / seconds:,.0f} tok/s | {duration(left)} left",
+            f"step {step + 1:{len(str(self._steps))}}/{self._steps} | {duration(left)} left | "
+            f"loss {loss:.4f}{_score(loss_z)} | norm {norm:.3f}{_score(norm_z)} | lr {lr:.2e} | "
+            f"{seconds * 1000:.1f} ms | {tokens / seconds:,.0f} tok/s",
             last=step + 1 == self._steps,
         )
         if skipped:

@@ -42,14 +42,14 @@ def command(defaults_without_data: dict[str, Any]) -> Callable:
 
 
 def _option(item: Field) -> click.Option:
-    unit = item.metadata["unit"]
+    is_switch = isinstance(item.default, bool)
     return click.Option(
         [*item.metadata["flags"], item.name],
         type=_type(item),
         default=item.default,
-        show_default=str(int(item.default)) if isinstance(item.default, bool) else item.default != "",
-        metavar=unit.upper() or None,
-        help=item.metadata["help"],
+        show_default=not is_switch and item.default != "",
+        metavar="0|1" if is_switch else item.metadata["unit"].upper() or None,
+        help=item.metadata["help"] + (f"  [default: {item.default:d}]" if is_switch else ""),
     )
 
 

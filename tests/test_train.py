@@ -154,8 +154,8 @@ def test_samples_are_shown_and_kept(short_run):
 def test_people_are_told_what_runs_and_how_far_it_is(short_run):
     out = short_run[0].out
     assert "10,944 parameters" in out
-    assert re.search(r"^step +1/20 \| loss \d", out, re.MULTILINE)
-    assert re.search(r"^step 20/20 \| loss \d", out, re.MULTILINE)
+    assert re.search(r"^step +1/20 \| \d+s left \| loss \d", out, re.MULTILINE)
+    assert re.search(r"^step 20/20 \| 0s left \| loss \d", out, re.MULTILINE)
     assert "step 20: validation loss" in out
     assert "\x1b" not in out.split("---")[0]  # no terminal, no terminal's codes
 
