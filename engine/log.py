@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,7 +39,7 @@ class RunLog:
         self._line_open = False
         self._last_line = -math.inf
         self._began = time.monotonic()
-        self._files: dict[str, TextIO] = {}
+        self._files: dict[str, FileIO] = {}
         if out_dir:
             try:
                 for name, step_of in (("main.log", _main_log_step), ("log.jsonl", _jsonl_step)):
@@ -141,10 +142,11 @@ class RunLog:
         if file is None:
             return
         try:
-            file.write(line + "\n")
-            file.flush()
+            rest = (line + "\n").encode()
+            while rest:  # a disk that is nearly full takes a part
+                rest = rest[file.write(rest) :]
         except OSError as error:
-            del self._files[name]
+            self._files.pop(name).close()
             self.say(f"warning: {file.name} can't be written any more ({error.strerror}); training goes on without it")
 
 
@@ -176,7 +178,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _reopen(path: Path, start: int, step_of: Any) -> TextIO:
+def _reopen(path: Path, start: int, step_of: Any) -> FileIO:
     """path open for appending, without the lines of steps from `start` on and what a crash cut short."""
     kept = []
     if start and path.exists():
@@ -189,7 +191,7 @@ def _reopen(path: Path, start: int, step_of: Any) -> TextIO:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
-    return path.open("a", encoding="utf-8")
+    return path.open("ab", buffering=0)  # a buffer would try again to write what the disk refused, when it is closed
 
 
 def _main_log_step(line: str) -> int:
