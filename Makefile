@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Options for train.py: make train ARGS="-x 200"
 ARGS ?=
-TEST_EXTRAS ?= test,demo,data,gpt2
+TEST_EXTRAS ?= test,demo,data,gpt2,mpi
 
 .PHONY: train test lint format bench clean
 

@@ -1,7 +1,6 @@
 """The story of a run: build, then loop { validate, sample, save, batch, forward, backward, step, log }."""
 
 import math
-import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any
 
 from engine import training
 from engine.checkpoint import RunLock
+from engine.comm import Communicator
 from engine.config import RunConfig
 from engine.errors import STOPPED, STOPPED_AND_SAVED, CheckpointError, NonFiniteError
 from engine.evaluate import validation_loss
 from engine.interrupt import StopRequest
-from engine.launcher import require_one_rank
-from engine.log import RunLog
+from engine.log import RunLog, silence
 from engine.optimizer import learning_rate
 from engine.options import command
 from engine.report import draw_loss, have_matplotlib
@@ -50,25 +49,25 @@ MOST_NON_FINITE_STEPS = 20
 
 
 @command(DEMO)
-def main(run: RunConfig) -> int:
+def main(run: RunConfig, comm: Communicator) -> int:
     """Train a GPT. Without options: a small one on presidents' messages, prepared if need be, in about four minutes.
 
     Options carry llm.c's letters as aliases. Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint or disk, 5 memory,
     6 numbers not finite, 75 stopped on request and saved (the same command with -y 1 goes on).
     """
-    require_one_rank(os.environ)
-    if run.train_data == DEMO["train_data"]:
-        prepare_demo()
-    with RunLock(run.out_dir) if run.out_dir else nullcontext():
-        return build_and_train(run)
+    with RunLock(run.out_dir) if run.out_dir and comm.rank == 0 else nullcontext():
+        if run.train_data == DEMO["train_data"] and comm.rank == 0:
+            prepare_demo()
+        comm.barrier()
+        return build_and_train(run, comm)
 
 
-def build_and_train(run: RunConfig) -> int:
-    """Everything is checked before the log is opened, and thus before the first step."""
-    t = training.build(run, say=lambda line: print(line, flush=True))
-    log = RunLog(t.out_dir, t.start, t.steps)
+def build_and_train(run: RunConfig, comm: Communicator) -> int:
+    """Everything is checked before the log is opened, and thus before the first step. Rank 0 speaks for all."""
+    t = training.build(run, comm, say=lambda line: print(line, flush=True) if comm.rank == 0 else None)
+    log = RunLog(t.out_dir, t.start, t.steps) if comm.rank == 0 else RunLog(None, t.start, t.steps, silence())
     log.say(training.plan(t))
-    if t.out_dir:
+    if t.out_dir and comm.rank == 0:
         training.write_config(t.out_dir, t.identity)
     try:
         return train(t, log)
@@ -83,10 +82,10 @@ def train(t: Training, log: RunLog) -> int:
     for step in range(t.start, t.steps + 1):
         last = step == t.steps
         if t.val and due(run.val_every, step, last):
-            log.validation(step, validation_loss(t.model, t.device, t.val, run.B, t.val_count))
-        if due(run.sample_every, step, last) and step > 0:
+            log.validation(step, validation_loss(t.model, t.device, t.comm, t.val, run.B, t.val_count))
+        if due(run.sample_every, step, last) and step > 0 and t.comm.rank == 0:
             log.sample(step, sample_text(t, step))
-        stopped = stop.reason()
+        stopped = stop.reason(t.comm)
         if (due(run.checkpoint_every, step, last) or stopped) and t.out_dir and step > t.start:
             save(t, step, log, must=last or bool(stopped))
         if last:
@@ -106,7 +105,7 @@ def train(t: Training, log: RunLog) -> int:
             loss_z=float(decision.loss_z),
             norm_z=float(decision.norm_z),
             skipped=bool(decision.skip),
-            tokens=run.samples_per_step * run.T,
+            tokens=t.samples_per_step * run.T,
             seconds=time.perf_counter() - began,
         )
         finite = math.isfinite(loss) and math.isfinite(decision.norm)
@@ -122,19 +121,25 @@ def train(t: Training, log: RunLog) -> int:
 
 def train_step(t: Training, step: int) -> float:
     """One optimizer step: accumulate the gradient of its micro-batches, update. Returns the learning rate."""
-    run = t.run
+    run, micro_steps = t.run, t.run.accumulation(t.comm.world)
     if run.overfit:
         t.loader.rewind()
     t.model.zero_grads()
     t.loss.fill(0)
-    for _ in range(run.accumulation):
+    for micro_step in range(micro_steps):
         inp, targets = (t.device.to_device(tokens) for tokens in t.loader.next())
         t.model.forward(inp)
-        losses = t.model.backward(inp, targets, dloss=1 / (run.samples_per_step * run.T))
-        t.ops.classifier.add_mean(t.loss, losses, 1 / run.accumulation)
+        finished = t.zero.reduce if micro_step == micro_steps - 1 else nothing
+        losses = t.model.backward(inp, targets, 1 / (t.samples_per_step * run.T), on_ready=finished)
+        t.ops.classifier.add_mean(t.loss, losses, 1 / micro_steps)
+    t.loss[...] = math.fsum(t.comm.gather(t.device.to_host(t.loss))) / t.comm.world
     lr = learning_rate(step, t.steps, run)
     t.optimizer.step(step + 1, lr, t.loss)
     return lr
+
+
+def nothing(bucket: int) -> None:
+    """What happens to gradients that further micro-batches will add to."""
 
 
 def due(every: int, step: int, last: bool) -> bool:
@@ -169,6 +174,8 @@ def save(t: Training, step: int, log: RunLog, *, must: bool) -> None:
 
 
 def draw(t: Training, log: RunLog) -> None:
+    if t.comm.rank > 0:
+        return
     if t.out_dir and have_matplotlib():
         try:
             log.say(f"loss curve: {draw_loss(t.out_dir)}")

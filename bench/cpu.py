@@ -22,10 +22,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from engine import device, ops
+from engine.comm.one import OneRank
 from engine.config import GPT2Config, RunConfig
 from engine.models.gpt2 import GPT2, decayed, initialize
 from engine.ops.numpy.parallel import CORES
 from engine.optimizer import AdamW
+from engine.zero import Zero
 
 STEPS_PER_ROUND, WARM_UP = 20, 10
 
@@ -39,7 +41,8 @@ def make_step(
     model = GPT2(config, operations, dev, B=B, T=T, recompute=recompute)
     initialize(config, model.params.views, seed=42)
     run = RunConfig(B=B, T=T, weight_decay=0.1)
-    optimizer = AdamW(model.params, model.grads, decayed(config), run, operations, dev)
+    zero = Zero(OneRank(), model.params, model.grads, run.zero_stage)
+    optimizer = AdamW(model.params, model.grads, decayed(config), zero, run, operations, dev)
     loss = np.zeros(())
     updates = 0
 

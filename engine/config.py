@@ -261,14 +261,7 @@ class RunConfig:
 
     def _contradictions(self) -> list[str]:
         """Options that are fine alone but not together."""
-        problems = []
-        tokens = self.B * self.T
-        if self.B >= 1 and self.T >= 1 and self.total_batch > 0 and self.total_batch % tokens:
-            nearest = max(tokens, round(self.total_batch / tokens) * tokens)
-            problems.append(
-                f"-d {self.total_batch} tokens do not divide into micro-batches of -b {self.B} x -t {self.T} = "
-                f"{tokens} tokens; the nearest that do: -d {nearest}"
-            )
+        problems = self._indivisible(world=1)
         if self.resume and not self.out_dir:
             problems.append("-y 1 goes on from a checkpoint in -o, which is not given")
         if self.checkpoint_every and not self.out_dir:
@@ -289,9 +282,9 @@ class RunConfig:
         if self.gpu_log_every > 0:
             problems.append(f"-lg: logging a GPU's state {LATER}, with --device cuda")
         if self.num_processes > 1 or self.process_rank != 0:
-            problems.append(f"-pn {self.num_processes} -pr {self.process_rank}: training on several ranks {LATER}")
+            problems.append(f"-pn {self.num_processes} -pr {self.process_rank}: ranks without MPI {LATER}; use mpirun")
         if self.init_method != "mpi" or self.server_ip or self.fs_path:
-            problems.append(f"-pi {self.init_method}, -ps, -pf: training on several ranks {LATER}")
+            problems.append(f"-pi {self.init_method}, -ps, -pf: ranks without MPI {LATER}; use mpirun")
         return problems
 
     @classmethod
@@ -299,12 +292,24 @@ class RunConfig:
         """The shortest spelling of a field's option."""
         return {item.name: item.metadata["flags"][-1] for item in fields(cls)}[name]
 
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches in an optimizer step."""
-        return max(1, self.total_batch // (self.B * self.T))
+    def _indivisible(self, world: int) -> list[str]:
+        """What is wrong if the tokens of a step do not divide into micro-batches of all ranks."""
+        tokens = world * self.B * self.T
+        if self.B < 1 or self.T < 1 or self.total_batch < 1 or self.total_batch % tokens == 0:
+            return []
+        nearest = max(tokens, round(self.total_batch / tokens) * tokens)
+        ranks = f"{world} ranks x " if world > 1 else ""
+        return [
+            f"-d {self.total_batch} tokens do not divide into micro-batches of {ranks}-b {self.B} x -t {self.T} = "
+            f"{tokens} tokens; the nearest that do: -d {nearest}"
+        ]
 
-    @property
-    def samples_per_step(self) -> int:
+    def accumulation(self, world: int) -> int:
+        """Micro-batches of each rank in an optimizer step. UsageError if they do not divide the step."""
+        if problems := self._indivisible(world):
+            raise UsageError(*problems)
+        return max(1, self.total_batch // (world * self.B * self.T))
+
+    def samples_per_step(self, world: int) -> int:
         """Sequences in an optimizer step."""
-        return self.accumulation * self.B
+        return self.accumulation(world) * self.B * world

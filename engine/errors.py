@@ -5,9 +5,16 @@
 """
 
 import functools
+import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from typing import Any
+
+from engine.launcher import ranks
+
+PATIENCE = 2.0  # seconds that other ranks wait for rank 0 to say the same
 
 
 class UserError(Exception):
@@ -50,6 +57,19 @@ class NonFiniteError(UserError):
     exit_code, kind = 6, "numerical error"
 
 
+def complain(error: BaseException) -> None:
+    """Says what ended the program: a UserError's text, else a traceback.
+
+    Most mistakes show on all ranks at once. Rank 0 speaks first, and its end is that of the others: they wait.
+    """
+    _, rank = ranks(os.environ)
+    time.sleep(PATIENCE if rank else 0)
+    if isinstance(error, UserError):
+        print(error, file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+
+
 def exit_on_user_error(function: Callable[..., Any]) -> Callable[..., None]:
     """A command that exits with the code that function returns, or with a UserError's, its text on stderr."""
 
@@ -58,7 +78,7 @@ def exit_on_user_error(function: Callable[..., Any]) -> Callable[..., None]:
         try:
             code = function(*args, **kwargs)
         except UserError as error:
-            print(error, file=sys.stderr)
+            complain(error)
             code = error.exit_code
         except KeyboardInterrupt:
             code = STOPPED

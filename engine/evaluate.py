@@ -1,21 +1,28 @@
 """Validation loss."""
 
+import math
 from types import ModuleType
 
 import numpy as np
 
+from engine.comm import Communicator
 from engine.data import Samples
 from engine.models.gpt2 import GPT2
 
 
-def validation_loss(model: GPT2, device: ModuleType, samples: Samples, B: int, count: int) -> float:
-    """Mean cross-entropy in nats of the first `count` samples, B at a time, the last batch being what is left.
+def validation_loss(model: GPT2, device: ModuleType, comm: Communicator, samples: Samples, B: int, count: int) -> float:
+    """Mean cross-entropy in nats of the first `count` samples, shared out among the ranks, B at a time.
 
-    The sum is made in float64: it depends on which samples there are, not on B (float32 rounding inside a batch aside).
+    Each sample's loss is summed in float64, and the sum over samples is exact: it depends on which samples there are,
+    not on B or the number of ranks (float32 rounding inside a sample aside).
     """
-    total = 0.0
-    for start in range(0, count, B):
-        inp, targets = samples.read(np.arange(start, min(start + B, count)))
+    share = -(-count // comm.world)
+    sums = np.zeros(share)  # zeros stay where the last rank has fewer
+    first, last = comm.rank * share, min(count, (comm.rank + 1) * share)
+    for start in range(first, last, B):
+        indices = np.arange(start, min(start + B, last))
+        inp, targets = samples.read(indices)
         model.forward(device.to_device(inp))
-        total += float(device.to_host(model.losses(device.to_device(targets))).sum(dtype=np.float64))
-    return total / (count * samples.T)
+        losses = device.to_host(model.losses(device.to_device(targets)))
+        sums[indices - first] = losses.sum(axis=1, dtype=np.float64)
+    return math.fsum(comm.gather(sums).ravel()) / (count * samples.T)

@@ -4,7 +4,13 @@ import signal
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
+
+from engine.comm import Communicator
+
 STOP_FILE = "STOP"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+REASONS = ("", STOP_FILE, *(number.name for number in SIGNALS))
 
 
 class StopRequest:
@@ -17,15 +23,19 @@ class StopRequest:
     def __init__(self, out_dir: Path | None):
         self._file = out_dir / STOP_FILE if out_dir else None
         self._reason = ""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
-    def reason(self) -> str:
-        """What asked for the stop, or "" if nothing did."""
-        if self._file and self._file.exists():
+    def reason(self, comm: Communicator) -> str:
+        """What asked for the stop, or "" if nothing did. All ranks call it together and get the same answer.
+
+        A launcher passes a signal on to all ranks, but they may hear it in different steps. Rank 0 looks for the file.
+        """
+        if self._file and comm.rank == 0 and self._file.exists():
             self._file.unlink()
-            self._reason = f"the file {self._file}"
-        return self._reason
+            self._reason = STOP_FILE
+        heard = comm.gather(np.array([REASONS.index(self._reason)]))
+        return REASONS[int(heard.max())]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._reason = signal.Signals(number).name

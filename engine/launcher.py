@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping
 
-from engine.config import LATER
-from engine.errors import UsageError
-
 # (number of ranks, this one's rank) under MPICH and its kin, Open MPI, and srun
 VARIABLES = (
     ("PMI_SIZE", "PMI_RANK"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
+ON_THIS_MACHINE = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 
 
 def ranks(environ: Mapping[str, str]) -> tuple[int, int]:
@@ -22,8 +20,6 @@ def ranks(environ: Mapping[str, str]) -> tuple[int, int]:
     return 1, 0
 
 
-def require_one_rank(environ: Mapping[str, str]) -> None:
-    """UsageError if several ranks were started."""
-    world, _ = ranks(environ)
-    if world > 1:
-        raise UsageError(f"{world} ranks were started: training on several ranks {LATER}. Run python train.py alone")
+def ranks_on_this_machine(environ: Mapping[str, str]) -> int:
+    """How many of the ranks share this machine's cores; 1 where the launcher does not say."""
+    return next((int(environ[name]) for name in ON_THIS_MACHINE if environ.get(name, "").isdigit()), 1)

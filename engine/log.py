@@ -59,7 +59,7 @@ class RunLog:
             self._stream.flush()
         except OSError:
             # What the stream still holds must go nowhere too, or Python's own flush at the end would fail.
-            void = Path(os.devnull).open("w")  # noqa: SIM115
+            void = silence()
             with contextlib.suppress(OSError):
                 os.dup2(void.fileno(), self._stream.fileno())
             self._stream, self._live = void, False
@@ -153,6 +153,11 @@ class RunLog:
 def _score(z: float) -> str:
     """How many standard deviations off the last steps' mean, once there have been enough of them."""
     return f" ({z:+.2f}z)" if math.isfinite(z) else ""
+
+
+def silence() -> TextIO:
+    """A stream for ranks that have nothing to say."""
+    return Path(os.devnull).open("w")
 
 
 def printable(text: str) -> str:

@@ -1,6 +1,7 @@
 """How much memory a run takes, known from the tables before any is taken."""
 
 import math
+import os
 from dataclasses import replace
 from types import ModuleType
 
@@ -9,22 +10,23 @@ import numpy as np
 from engine.arena import memory_of
 from engine.config import GPT2Config, RunConfig
 from engine.errors import OutOfMemoryError
+from engine.launcher import ranks_on_this_machine
 from engine.models import gpt2
-from engine.optimizer import optimizer_tensors
 
 
-def memory_by_class(run: RunConfig, config: GPT2Config, dev: ModuleType) -> dict[str, int]:
-    """Bytes of parameters, gradients, optimizer and activations, as the tables say.
+def memory_by_class(run: RunConfig, config: GPT2Config, dev: ModuleType, world: int) -> dict[str, int]:
+    """Bytes of parameters, gradients, optimizer and activations on each of `world` ranks, as the tables say.
 
     Resolved for one and two layers, whose difference is what each further layer costs: a mistyped number of layers
     must not take the time and memory of its table before it can be refused.
     """
-    one, two = (_bytes_of_tables(run, replace(config, L=L), dev) for L in (1, 2))
+    one, two = (_bytes_of_tables(run, replace(config, L=L), dev, world) for L in (1, 2))
     return {name: one[name] + (config.L - 1) * (two[name] - one[name]) for name in one}
 
 
-def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType) -> dict[str, int]:
+def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType, world: int) -> dict[str, int]:
     parameters = gpt2.parameter_tensors(config, dev.COMPUTE_DTYPE)
+    moments = gpt2.parameter_tensors(config, np.float32)
     activations = gpt2.activation_tensors(
         config,
         B=run.B,
@@ -34,30 +36,32 @@ def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType) -> dic
         statistic_dtype=np.float32,
     )
     return {
-        "parameters": memory_of(parameters),
-        "gradients": memory_of(parameters),
-        "optimizer": 2 * memory_of(optimizer_tensors(parameters, np.float32)),
+        "parameters": memory_of(parameters, world),
+        "gradients": memory_of(parameters, world),
+        "optimizer": 2 * memory_of(moments, world) // (world if run.zero_stage else 1),
         "activations": memory_of(activations),
     }
 
 
-def require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType) -> None:
-    """OutOfMemoryError, with options that would fit, if the device has less than the run needs."""
-    memory, free = memory_by_class(run, config, dev), dev.available_bytes()
+def require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType, world: int) -> None:
+    """OutOfMemoryError, with options that would fit, if the device has less for each rank than that needs."""
+    memory = memory_by_class(run, config, dev, world)
+    free = dev.available_bytes() // ranks_on_this_machine(os.environ)
     if sum(memory.values()) <= free:
         return
-    samples = run.samples_per_step
+    samples = run.samples_per_step(world) // world
     small = [n for n in range(1, math.isqrt(samples) + 1) if samples % n == 0]
     divisors = {B for n in small for B in (n, samples // n) if B <= run.B}
     candidates = (
-        replace(run, B=B, recompute=level, total_batch=samples * run.T)
+        replace(run, B=B, recompute=level, total_batch=samples * world * run.T)
         for B in sorted(divisors, reverse=True)
         for level in (run.recompute, 2)
     )
-    fitting = (r for r in candidates if sum(memory_by_class(r, config, dev).values()) <= free)
+    fitting = (r for r in candidates if sum(memory_by_class(r, config, dev, world).values()) <= free)
     remedy = next((f"-b {r.B} -d {r.total_batch} -r {r.recompute}" for r in fitting), None)
     raise OutOfMemoryError(
-        f"the run needs {sum(memory.values()) / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are free\n  "
+        f"{'a rank' if world > 1 else 'the run'} needs {sum(memory.values()) / 2**30:,.1f} GiB, "
+        f"{free / 2**30:,.1f} GiB are free\n  "
         + ", ".join(f"{name} {nbytes / 2**30:,.1f}" for name, nbytes in memory.items())
         + (f"\n  this fits, with the same result: {remedy}" if remedy else "\n  no -b fits: take a smaller model -e")
     )

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.arena import Arena, Tensor
+from engine.arena import Arena
 from engine.config import RunConfig
+from engine.zero import Zero
 
 
 def learning_rate(step: int, steps: int, run: RunConfig) -> float:
@@ -32,13 +33,8 @@ def learning_rate(step: int, steps: int, run: RunConfig) -> float:
     return run.lr
 
 
-def optimizer_tensors(parameters: list[Tensor], dtype: Any) -> list[Tensor]:
-    """What AdamW keeps for these parameters: one moment's table; it has two (and masters where dtypes differ)."""
-    return [Tensor(tensor.name, tensor.shape, dtype) for tensor in parameters]
-
-
 class AdamW:
-    """Moments and masters in fp32 for `params`, and the windows of the outlier guard.
+    """Moments in fp32 for the parameters that this rank updates, and the windows of the outlier guard.
 
     The learning rate aside, a step needs nothing from the host: the guard's clip factor and skip flag stay on the
     device, and `decision` can be read whenever the host wants to log it.
@@ -49,42 +45,47 @@ class AdamW:
         params: Arena,
         grads: Arena,
         decayed: set[str],
+        zero: Zero,
         run: RunConfig,
         ops: ModuleType,
         device: ModuleType,
         dtype: Any = np.float32,
     ):
-        self._params, self._grads, self._run, self._ops = params, grads, run, ops
-        tensors = optimizer_tensors(list(params.tensors), dtype)
-        self.m, self.v = Arena(tensors, device.zeros), Arena(tensors, device.zeros)
-        self._segments = list(_decay_segments(params, decayed))
+        self._params, self._grads, self._zero = params, grads, zero
+        self._run, self._ops, self._device = run, ops, device
+        self.m, self.v = device.zeros((zero.num_owned,), dtype), device.zeros((zero.num_owned,), dtype)
+        self._segments = list(_owned_segments(zero.owned, list(_decay_segments(params, decayed))))
         self._norm_squared = device.zeros((), np.float64)
-        self.loss_window = device.zeros((ops.guard.WINDOW + 1,), np.float64)
-        self.norm_window = device.zeros((ops.guard.WINDOW + 1,), np.float64)
+        self._windows = {
+            name: device.zeros((ops.guard.WINDOW + 1,), np.float64) for name in ("loss_window", "norm_window")
+        }
         self.decision = ops.guard.Decision(*(device.zeros((), np.float64) for _ in ops.guard.Decision._fields))
 
     def step(self, t: int, lr: float, loss: Any) -> None:
-        """Update number t (from 1) of params from grads, unless the guard skips it; loss () is this step's mean."""
+        """Update number t (from 1) of params from grads, unless the guard skips it; loss () is this step's mean.
+
+        The gradients have been summed over the ranks; afterwards every rank has all parameters.
+        """
         run, ops = self._run, self._ops
-        ops.norm.squared(self._norm_squared, self._grads.flat)
+        self._zero.norm_squared(ops, self._norm_squared, self._device)
         ops.guard.decide(
             self.decision,
-            self.loss_window,
-            self.norm_window,
+            self._windows["loss_window"],
+            self._windows["norm_window"],
             loss,
             self._norm_squared,
             max_norm=run.max_norm or math.inf,
             max_loss_z=run.max_loss_z or math.inf,
             max_norm_z=run.max_norm_z or math.inf,
         )
-        params, m, v, grads = self._params.flat, self.m.flat, self.v.flat, self._grads.flat
-        for span, decays in self._segments:
+        for span, moments, decays in self._segments:
+            params = self._params.flat[span]
             ops.adamw.update(
-                params[span],
-                params[span],
-                m[span],
-                v[span],
-                grads[span],
+                params,
+                params,
+                self.m[moments],
+                self.v[moments],
+                self._grads.flat[span],
                 self.decision.clip,
                 self.decision.skip,
                 t=t,
@@ -94,11 +95,38 @@ class AdamW:
                 eps=run.eps,
                 weight_decay=run.weight_decay if decays else 0.0,
             )
+        self._zero.gather_parameters()
 
     def state(self) -> dict[str, Any]:
-        """Every array to be saved and restored, by name."""
-        moments = {f"{kind}.{name}": view for kind in ("m", "v") for name, view in getattr(self, kind).views.items()}
-        return moments | {"loss_window": self.loss_window, "norm_window": self.norm_window}
+        """Every array to be saved, by name: the same at any number of ranks. All ranks call it together."""
+        moments = {
+            f"{kind}.{name}": view
+            for kind, owned in (("m", self.m), ("v", self.v))
+            for name, view in self._params.split(self._zero.whole(owned, self._device.zeros)).items()
+        }
+        return moments | self._windows
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Takes this rank's part of what `state` gave, be it on another number of ranks."""
+        for kind, owned in (("m", self.m), ("v", self.v)):
+            flat = self._device.zeros((self._params.flat.size,), owned.dtype)
+            for name, view in self._params.split(flat).items():
+                view[...] = self._device.to_device(state[f"{kind}.{name}"])
+            self._zero.restore(owned, flat)
+        for name, window in self._windows.items():
+            window[...] = self._device.to_device(state[name])
+
+
+def _owned_segments(owned: list[slice], segments: list[tuple[slice, bool]]) -> Iterator[tuple[slice, slice, bool]]:
+    """(slice of the flat buffers, slice of the moments, does weight decay apply?) of all that this rank updates."""
+    before = 0  # moments of the owned slices that came before this one
+    for own in owned:
+        for span, decays in segments:
+            start, stop = max(own.start, span.start), min(own.stop, span.stop)
+            if start < stop:
+                shift = before - own.start
+                yield slice(start, stop), slice(start + shift, stop + shift), decays
+        before += own.stop - own.start
 
 
 def _decay_segments(params: Arena, decayed: set[str]) -> Iterator[tuple[slice, bool]]:

@@ -1,5 +1,6 @@
 """The command line, made from the fields of RunConfig."""
 
+import os
 from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Any
@@ -7,20 +8,21 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from engine.comm import Communicator, connect, ending_together
 from engine.config import RunConfig
 from engine.errors import exit_on_user_error
 
 
 def command(defaults_without_data: dict[str, Any]) -> Callable:
-    """Makes a function(RunConfig) -> exit code a command whose options are the fields of RunConfig.
+    """Makes a function(RunConfig, Communicator) -> exit code a command whose options are the fields of RunConfig.
 
     Where the data is not named, `defaults_without_data` replaces the defaults of the options that are not given.
     """
 
-    def decorate(function: Callable[[RunConfig], int]) -> click.Command:
+    def decorate(function: Callable[[RunConfig, Communicator], int]) -> click.Command:
         @click.pass_context
         @exit_on_user_error
-        def callback(context: click.Context, **values: Any) -> int:
+        def callback(context: click.Context, **values: Any) -> int | None:
             given = {
                 name: value
                 for name, value in values.items()
@@ -28,7 +30,10 @@ def command(defaults_without_data: dict[str, Any]) -> Callable:
             }
             if "train_data" not in given and not given.get("overfit"):
                 given = defaults_without_data | given
-            return function(RunConfig(**given))
+            comm = connect(os.environ)
+            with ending_together(comm):
+                return function(RunConfig(**given), comm)
+            return None
 
         return click.Command(
             name="train.py",

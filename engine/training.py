@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
@@ -12,13 +13,15 @@ import numpy as np
 
 from engine import checkpoint, device, llmc_model, ops, shards, tokenizer
 from engine.arena import Arena
-from engine.config import GPT2Config, RunConfig, model_from_descriptor
+from engine.comm import Communicator, fingerprints
+from engine.config import LATER, GPT2Config, RunConfig, model_from_descriptor
 from engine.data import Loader, Samples
 from engine.errors import CheckpointError, DataError, UsageError
 from engine.memory import memory_by_class, require_memory
 from engine.models import gpt2
 from engine.optimizer import AdamW
 from engine.shards import Shard
+from engine.zero import Zero
 
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 
@@ -33,10 +36,12 @@ class Training:
     """Everything that a run consists of. start: the step that it begins with, steps: the one that it ends before."""
 
     run: RunConfig
+    comm: Communicator
     config: GPT2Config
     device: ModuleType
     ops: ModuleType
     model: gpt2.GPT2
+    zero: Zero
     optimizer: AdamW
     loader: Loader
     val: Samples | None
@@ -52,21 +57,28 @@ class Training:
 
     @property
     def val_count(self) -> int:
-        """Samples in a validation."""
+        """Samples in a validation, by all ranks."""
         assert self.val
-        batches = self.run.val_batches
-        return len(self.val) if batches == -1 else min(len(self.val), batches * self.run.B)
+        batches, B = self.run.val_batches, self.run.B * self.comm.world
+        return len(self.val) if batches == -1 else min(len(self.val), batches * B)
 
-    def save(self, step: int) -> Path:
-        """Commits the checkpoint after `step` updates, and deletes those that -nk does not keep."""
+    @property
+    def samples_per_step(self) -> int:
+        return self.run.samples_per_step(self.comm.world)
+
+    def save(self, step: int) -> Path | None:
+        """Commits the checkpoint after `step` updates, and deletes those that -nk does not keep: all on rank 0.
+
+        All ranks call it together, for each may hold a part of the moments. Returns None on the other ranks.
+        """
         assert self.out_dir
+        optimizer = self._to_host(self.optimizer.state())
+        if self.comm.rank > 0:
+            return None
         path = checkpoint.save(
             self.out_dir,
             step,
-            {
-                gpt2.MODEL_FILE: self._to_host(self.model.params.views),
-                OPTIMIZER_FILE: self._to_host(self.optimizer.state()),
-            },
+            {gpt2.MODEL_FILE: self._to_host(self.model.params.views), OPTIMIZER_FILE: optimizer},
             self.identity | {"position": self.loader.position},
         )
         checkpoint.prune(self.out_dir, keep=self.run.keep_checkpoints, every_major=self.run.keep_major)
@@ -76,8 +88,11 @@ class Training:
         return {name: self.device.to_host(array) for name, array in arrays.items()}
 
 
-def build(run: RunConfig, say: Callable[[str], None]) -> Training:
-    """The run that these options mean, restored from its newest checkpoint with -y 1. Raises UserErrors."""
+def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Training:
+    """This rank of the run that these options mean, restored from its newest checkpoint with -y 1.
+
+    Raises UserErrors.
+    """
     backend = "numpy"
     dev, operations = device.load(backend), ops.load(backend)
     saved = _saved_run(run, say)
@@ -90,26 +105,39 @@ def build(run: RunConfig, say: Callable[[str], None]) -> Training:
     for shard in train_shards + val_shards:
         shards.check_tokens(shard, V)
     samples = Samples(val_shards if run.overfit else train_shards, run.T)
-    steps = _steps(run, samples)
+    steps = _steps(run, samples, comm.world)
     identity = {
         "model": asdict(config),
         "tokenizer": tokens.name if tokens else None,
         "data": samples.describe(),
         "options": asdict(run),
     }
+    _require_same_everywhere(identity, comm)
     if saved:
         _require_same_run(saved, identity, say)
         if saved.step > steps:
             raise UsageError(f"-x {steps} lies behind {saved.path}, which has {saved.step:,} steps: give a larger -x")
     if run.resume:
         say(f"resumed from {saved.path}" if saved else f"no checkpoint in {run.out_dir} yet: starting at step 0")
-    require_memory(run, config, dev)
+    if comm.world > 1 and run.zero_stage == 2:
+        raise UsageError(f"-z 2: sharding the gradients too {LATER}; -z 1 shards the optimizer")
+    require_memory(run, config, dev, comm.world)
 
-    model = gpt2.GPT2(config, operations, dev, B=run.B, T=run.T, recompute=run.recompute, dtype=dev.COMPUTE_DTYPE)
-    optimizer = AdamW(model.params, model.grads, gpt2.decayed(config), run, operations, dev)
+    model = gpt2.GPT2(
+        config,
+        operations,
+        dev,
+        B=run.B,
+        T=run.T,
+        recompute=run.recompute,
+        dtype=dev.COMPUTE_DTYPE,
+        shares=comm.world,
+    )
+    zero = Zero(comm, model.params, model.grads, run.zero_stage)
+    optimizer = AdamW(model.params, model.grads, gpt2.decayed(config), zero, run, operations, dev)
     if saved:
         _restore(saved.tensors(gpt2.MODEL_FILE), model.params.views, dev)
-        _restore(saved.tensors(OPTIMIZER_FILE), optimizer.state(), dev)
+        optimizer.restore(saved.tensors(OPTIMIZER_FILE))
     elif weights:
         _restore(weights, model.params.views, dev)
     else:
@@ -117,12 +145,22 @@ def build(run: RunConfig, say: Callable[[str], None]) -> Training:
     position = saved.state["position"] if saved else 0
     return Training(
         run=run,
+        comm=comm,
         config=config,
         device=dev,
         ops=operations,
         model=model,
+        zero=zero,
         optimizer=optimizer,
-        loader=Loader(samples, run.B, seed=run.seed, shuffle=not run.overfit, position=position),
+        loader=Loader(
+            samples,
+            run.B,
+            seed=run.seed,
+            shuffle=not run.overfit,
+            position=position,
+            rank=comm.rank,
+            world=comm.world,
+        ),
         val=Samples(val_shards, run.T) if run.val_every > 0 else None,
         tokenizer=tokens,
         steps=steps,
@@ -135,18 +173,22 @@ def build(run: RunConfig, say: Callable[[str], None]) -> Training:
 def plan(training: Training) -> str:
     """What will happen, in a few lines."""
     run, config = training.run, training.config
-    memory = memory_by_class(run, config, training.device)
+    world = training.comm.world
+    memory = memory_by_class(run, config, training.device, world)
     lines = [
         f"model      GPT-2, {config.L} layers, {config.NH} heads, {config.C} channels, {config.V:,} tokens "
         f"(padded to {config.Vp:,}): {config.num_parameters:,} parameters",
         f"data       {run.val_data if run.overfit else run.train_data}, tokenizer "
         f"{training.tokenizer.name if training.tokenizer else 'unknown'}",
-        f"step       {run.samples_per_step * run.T:,} tokens: {run.accumulation} x {run.B} sequences of {run.T}",
+        f"step       {training.samples_per_step * run.T:,} tokens: "
+        + (f"{world} ranks x " if world > 1 else "")
+        + f"{run.accumulation(world)} x {run.B} sequences of {run.T}",
         f"run        steps {training.start:,} to {training.steps:,}, learning rate {run.lr:g} ({run.schedule}), "
         f"weight decay {run.weight_decay:g}",
         "memory     "
         + ", ".join(f"{name} {nbytes / 2**20:,.1f}" for name, nbytes in memory.items())
-        + f": {sum(memory.values()) / 2**20:,.1f} MiB on the CPU",
+        + f": {sum(memory.values()) / 2**20:,.1f} MiB on the CPU"
+        + (" for each rank" if world > 1 else ""),
         f"output     {run.out_dir or 'none is kept (-o DIR keeps logs and checkpoints)'}",
     ]
     idle = [
@@ -155,13 +197,13 @@ def plan(training: Training) -> str:
             ("-f", not run.tf32),
             ("-w", not run.master_weights),
             ("-ge", run.gelu_fusion != -1),
-            ("-z", run.zero_stage != 0),
+            ("-z", run.zero_stage != 0 and world == 1),
             ("-pg", run.gpus_per_node != 8),
         )
         if differs
     ]
     if idle:
-        lines.append(f"note       no effect with one rank on the CPU: {' '.join(idle)}")
+        lines.append(f"note       no effect here, on the CPU: {' '.join(idle)}")
     return "\n".join(lines)
 
 
@@ -236,12 +278,12 @@ def _model(run: RunConfig, V: int) -> tuple[GPT2Config, dict[str, np.ndarray]]:
     return config, weights
 
 
-def _steps(run: RunConfig, samples: Samples) -> int:
-    steps = run.steps if run.steps != -1 else len(samples) // run.samples_per_step
+def _steps(run: RunConfig, samples: Samples, world: int) -> int:
+    steps = run.steps if run.steps != -1 else len(samples) // run.samples_per_step(world)
     if steps == 0:
         raise DataError(
-            f"an epoch is {len(samples):,} samples of {run.T} tokens, a step takes {run.samples_per_step:,}: not one "
-            "step. Give -x, a smaller -b or -d, or more data"
+            f"an epoch is {len(samples):,} samples of {run.T} tokens, a step takes {run.samples_per_step(world):,}: "
+            "not one step. Give -x, a smaller -b or -d, or more data"
         )
     return steps
 
@@ -259,6 +301,17 @@ def _restore(values: dict[str, np.ndarray], views: dict[str, Any], dev: ModuleTy
     """views = values, name by name."""
     for name, view in views.items():
         view[...] = dev.to_device(values[name])
+
+
+def _require_same_everywhere(identity: dict[str, Any], comm: Communicator) -> None:
+    """UsageError if some rank was given other options, or sees other data, than rank 0."""
+    digests = fingerprints(comm, sha256(json.dumps(identity, sort_keys=True).encode()).digest())
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise UsageError(
+            f"rank {different[0]} was started with other options, or sees other data, than rank 0: start all ranks "
+            "with one command, on machines that see the same files"
+        )
 
 
 def _require_same_run(saved: checkpoint.Checkpoint, identity: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -10,16 +10,17 @@ ROOT = Path(__file__).parent.parent
 
 # What a line names may import what the lines above it name, and nothing else of the engine.
 LAYERS = (
-    ("errors", "disk"),
+    ("disk", "launcher"),
+    ("errors",),
     ("config", "shards", "tokenizer"),
-    ("launcher", "interrupt", "arena", "device", "ops", "data", "checkpoint", "llmc_model"),
-    ("models",),
+    ("comm", "arena", "device", "ops", "data", "checkpoint", "llmc_model"),
+    ("models", "zero", "interrupt"),
     ("optimizer", "log"),
     ("evaluate", "sample", "report", "options", "export", "memory"),
     ("training",),
 )
 # And of those, a model sees no data, an operation no model.
-FORBIDDEN = {"models": {"data", "checkpoint", "shards"}, "ops": {"models", "device"}}
+FORBIDDEN = {"models": {"comm", "data", "checkpoint", "shards"}, "ops": {"models", "device"}}
 
 
 def product() -> list[Path]:

@@ -236,4 +236,4 @@ def test_all_faults_are_told_at_once():
 @pytest.mark.parametrize(("B", "total_batch", "accumulation"), [(4, -1, 1), (4, 64, 1), (2, 64, 2), (1, 64, 4)])
 def test_accumulation(B, total_batch, accumulation):
     run = RunConfig(B=B, T=16, total_batch=total_batch)
-    assert (run.accumulation, run.samples_per_step) == (accumulation, accumulation * B)
+    assert (run.accumulation(1), run.samples_per_step(1)) == (accumulation, accumulation * B)

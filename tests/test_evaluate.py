@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from engine import device, ops
+from engine.comm.one import OneRank
 from engine.config import GPT2Config
 from engine.data import Samples
 from engine.evaluate import validation_loss
@@ -28,7 +29,7 @@ def samples(tmp_path) -> Samples:
 def make(B: int, dtype=np.float64) -> GPT2:
     model = GPT2(CONFIG, ops.load("numpy"), NUMPY, B=B, T=T, dtype=dtype, statistic_dtype=dtype)
     rng = np.random.default_rng(0)
-    for name, line in parameter_table(CONFIG):
+    for name, line, _ in parameter_table(CONFIG):
         view = model.params.views[name]
         view[...] = rng.normal(1.0 if line.init == "1" else 0.0, 0.3, view.shape)
     return model
@@ -49,12 +50,12 @@ def one_by_one(samples: Samples, count: int) -> float:
 @pytest.mark.parametrize("count", [1, 4, 7])
 def test_the_mean_is_that_of_the_samples_whatever_the_batch(samples, B, count):
     """7 samples leave a last batch of 1 for B = 3, and of 3 for B = 4."""
-    found = validation_loss(make(B), NUMPY, samples, B, count)
+    found = validation_loss(make(B), NUMPY, OneRank(), samples, B, count)
     assert found == pytest.approx(one_by_one(samples, count), rel=1e-13)
 
 
 def test_in_float32_batches_differ_by_rounding_only(samples):
-    found = [validation_loss(make(B, np.float32), NUMPY, samples, B, 7) for B in (1, 3, 4)]
+    found = [validation_loss(make(B, np.float32), NUMPY, OneRank(), samples, B, 7) for B in (1, 3, 4)]
     assert found == pytest.approx([one_by_one(samples, 7)] * 3, rel=16 * float(np.finfo(np.float32).eps))
 
 
@@ -62,7 +63,7 @@ def test_it_is_the_same_each_time_and_changes_no_parameter(samples):
     model = make(3)
     model.grads.flat.fill(1)
     params = model.params.flat.tobytes()
-    first = validation_loss(model, NUMPY, samples, 3, 7)
-    assert validation_loss(model, NUMPY, samples, 3, 7) == first
+    first = validation_loss(model, NUMPY, OneRank(), samples, 3, 7)
+    assert validation_loss(model, NUMPY, OneRank(), samples, 3, 7) == first
     assert model.params.flat.tobytes() == params
     assert (model.grads.flat == 1).all()

@@ -24,12 +24,16 @@ def make(config=TINY, B=B, T=T, dtype=np.float64, recompute=0, seed=0, std=0.3) 
         dtype=dtype,
         statistic_dtype=dtype,
     )
-    rng = np.random.default_rng(seed)
-    for name, line in parameter_table(config):
-        view = model.params.views[name]
-        view[...] = rng.normal(1.0 if line.init == "1" else 0.0, std, view.shape)
-    model.params.views["wte"][config.V :] = 0
+    make_parameters(config, model.params.views, seed, std)
     return model
+
+
+def make_parameters(config, params, seed=0, std=0.3) -> None:
+    """params = random values; those of the padded vocabulary zero."""
+    rng = np.random.default_rng(seed)
+    for name, line, _ in parameter_table(config):
+        params[name][...] = rng.normal(1.0 if line.init == "1" else 0.0, std, params[name].shape)
+    params["wte"][config.V :] = 0
 
 
 def batch(config=TINY, B=B, T=T, seed=1):

@@ -18,7 +18,7 @@ def make(B: int = 1, T: int = T) -> GPT2:
     """A model whose next token depends on all that it sees, and where: without much bias for any."""
     model = GPT2(CONFIG, ops.load("numpy"), NUMPY, B=B, T=T, dtype=np.float64, statistic_dtype=np.float64)
     rng = np.random.default_rng(0)
-    for name, line in parameter_table(CONFIG):
+    for name, line, _ in parameter_table(CONFIG):
         view = model.params.views[name]
         view[...] = rng.normal(1.0 if line.init == "1" else 0.0, 1.0, view.shape)
     model.params.views["lnfb"][...] = 0

@@ -19,6 +19,7 @@ import pytest
 import train
 from engine import checkpoint, device, llmc_model, ops, training
 from engine.arena import Arena
+from engine.comm.one import OneRank
 from engine.config import GPT2Config, RunConfig, model_from_descriptor
 from engine.data import Loader, Samples
 from engine.errors import STOPPED, STOPPED_AND_SAVED
@@ -28,6 +29,7 @@ from engine.models import gpt2
 from engine.optimizer import AdamW
 from engine.shards import MAGIC, open_shard
 from engine.training import Training
+from engine.zero import Zero
 from tests.conftest import TINY, data, finish, running, signals_restored
 
 QUIET = ("-v", 0, "-s", 0)  # neither validation nor samples
@@ -243,13 +245,16 @@ def training_in_float64(folder: Path, run: RunConfig) -> Training:
     for name, view in model.params.views.items():
         view[...] = host.views[name]
     samples = Samples([open_shard(path) for path in sorted(folder.glob("train_*.bin"))], run.T)
+    zero = Zero(OneRank(), model.params, model.grads, run.zero_stage)
     return Training(
         run=run,
+        comm=OneRank(),
         config=config,
         device=dev,
         ops=operations,
         model=model,
-        optimizer=AdamW(model.params, model.grads, gpt2.decayed(config), run, operations, dev, np.float64),
+        zero=zero,
+        optimizer=AdamW(model.params, model.grads, gpt2.decayed(config), zero, run, operations, dev, np.float64),
         loader=Loader(samples, run.B, seed=run.seed),
         val=None,
         tokenizer=None,
@@ -483,9 +488,9 @@ def test_stopped_without_a_place_to_save_a_run_says_so(few_shards_dir):
 def test_a_second_ctrl_c_is_not_caught():
     with signals_restored():
         request = StopRequest(None)
-        assert request.reason() == ""
+        assert request.reason(OneRank()) == ""
         os.kill(os.getpid(), signal.SIGINT)
-        assert request.reason() == "SIGINT"
+        assert request.reason(OneRank()) == "SIGINT"
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
@@ -887,7 +892,7 @@ def test_one_bad_gradient_changes_nothing_and_training_goes_on(shards_dir, monke
         sample_every=0,
         lr=1e-2,
     )
-    t = training.build(run, say=pytest.fail)
+    t = training.build(run, OneRank(), say=pytest.fail)
     backward = t.model.backward
 
     def backward_with_nan(*args, **options):
@@ -896,7 +901,7 @@ def test_one_bad_gradient_changes_nothing_and_training_goes_on(shards_dir, monke
         return found
 
     def bits() -> list[bytes]:
-        return [t.model.params.flat.tobytes(), t.optimizer.m.flat.tobytes(), t.optimizer.v.flat.tobytes()]
+        return [t.model.params.flat.tobytes(), t.optimizer.m.tobytes(), t.optimizer.v.tobytes()]
 
     for step in range(10):
         before = bits()

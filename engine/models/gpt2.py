@@ -10,7 +10,7 @@ residual stream, and each branch ends in a layernorm.backward that adds its shar
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -104,21 +104,25 @@ ACTIVATIONS = (
 )
 
 
-def parameter_table(config: GPT2Config) -> Iterator[tuple[str, Parameter]]:
-    """(name, line) of every parameter in memory order: embedding, layers "h.0.*" to "h.L-1.*", final layernorm."""
+def parameter_table(config: GPT2Config) -> Iterator[tuple[str, Parameter, int]]:
+    """(name, line, bucket) of every parameter in memory order: embedding, layers "h.0.*" to "h.L-1.*", final layernorm.
+
+    Buckets hold what backward finishes together: 0 the embedding, l + 1 layer l; the final layernorm goes with the
+    last layer.
+    """
     for line in EMBEDDING_PARAMETERS:
-        yield line.name, line
+        yield line.name, line, 0
     for layer in range(config.L):
         for line in LAYER_PARAMETERS:
-            yield f"h.{layer}.{line.name}", line
+            yield f"h.{layer}.{line.name}", line, layer + 1
     for line in FINAL_PARAMETERS:
-        yield line.name, line
+        yield line.name, line, config.L
 
 
 def parameter_tensors(config: GPT2Config, dtype: Any) -> list[Tensor]:
     """The parameter table resolved: also that of gradients, moments and masters, each in its dtype."""
     dims = config.dims()
-    return [Tensor(name, shape_of(line.shape, dims), dtype) for name, line in parameter_table(config)]
+    return [Tensor(name, shape_of(line.shape, dims), dtype, bucket) for name, line, bucket in parameter_table(config)]
 
 
 def activation_tensors(
@@ -139,7 +143,7 @@ def activation_tensors(
 
 def decayed(config: GPT2Config) -> set[str]:
     """Names of the parameters that weight decay applies to: all matrices, the embeddings included."""
-    return {name for name, line in parameter_table(config) if line.decay}
+    return {name for name, line, _ in parameter_table(config) if line.decay}
 
 
 def initialize(config: GPT2Config, params: dict[str, np.ndarray], seed: int) -> None:
@@ -151,7 +155,7 @@ def initialize(config: GPT2Config, params: dict[str, np.ndarray], seed: int) -> 
     """
     std = {"normal": NORMAL_STD, "residual": NORMAL_STD / math.sqrt(2 * config.L)}
     generator = TorchGenerator(seed)
-    for name, line in parameter_table(config):
+    for name, line, _ in parameter_table(config):
         if line.init in std:
             target = params[name][: config.V] if name == "wte" else params[name]
             target[...] = generator.normal(target.shape, std[line.init])
@@ -162,7 +166,8 @@ def initialize(config: GPT2Config, params: dict[str, np.ndarray], seed: int) -> 
 class GPT2:
     """Parameters, gradients and activations in device memory, and the two passes over them.
 
-    params, grads: arenas of the parameter table. Gradients accumulate over backward calls until `zero_grads`.
+    params, grads: arenas of the parameter table, whose buckets divide into `shares` parts. Gradients accumulate over
+    backward calls until `zero_grads`.
     """
 
     def __init__(
@@ -176,10 +181,11 @@ class GPT2:
         recompute: int = 0,
         dtype: Any = np.float32,
         statistic_dtype: Any = np.float32,
+        shares: int = 1,
     ):
         self.config, self.ops, self.recompute = config, ops, recompute
-        self.params = Arena(parameter_tensors(config, dtype), device.zeros)
-        self.grads = Arena(parameter_tensors(config, dtype), device.zeros)
+        self.params = Arena(parameter_tensors(config, dtype), device.zeros, shares)
+        self.grads = Arena(parameter_tensors(config, dtype), device.zeros, shares)
         self._activation_options = {
             "recompute": recompute,
             "dtype": dtype,
@@ -213,8 +219,13 @@ class GPT2:
         self.ops.classifier.forward(a.losses, a.logits, targets, self.config.V)
         return a.losses
 
-    def backward(self, inp: Array, targets: Array, dloss: float) -> Array:
-        """grads += dloss * the gradient of the summed losses of the last forward, of inp. Returns losses (B,T)."""
+    def backward(
+        self, inp: Array, targets: Array, dloss: float, on_ready: Callable[[int], None] = lambda bucket: None
+    ) -> Array:
+        """grads += dloss * the gradient of the summed losses of the last forward, of inp. Returns losses (B,T).
+
+        on_ready(bucket) is called as soon as the gradients of a bucket are finished, last layer first.
+        """
         ops, p, g, a = self.ops, self._p, self._g, self._activations(inp.shape)
         ops.classifier.forward_backward(a.losses, a.logits, targets, self.config.V, dloss)
         ops.linear.backward(a.dbranch, g.wte, None, a.logits, a.lnf, p.wte)
@@ -224,7 +235,9 @@ class GPT2:
         for layer in reversed(range(self.config.L)):
             x, dbias_below = (a.h[layer - 1].out, g.h[layer - 1].fcprojb) if layer else (a.encoded, None)
             self._block_backward(a, p.h[layer], g.h[layer], x, a.h[layer], dbias_below)
+            on_ready(layer + 1)
         ops.embedding.backward(g.wte, g.wpe, a.dx, inp)
+        on_ready(0)
         return a.losses
 
     def _block_forward(self, x: Array, p: SimpleNamespace, a: SimpleNamespace) -> None:
@@ -294,7 +307,7 @@ def from_stacked(config: GPT2Config, stacked: dict[str, np.ndarray]) -> dict[str
     Both pad the vocabulary with rows of zeros, but not always the same number of them.
     """
     params = {}
-    for name, _ in parameter_table(config):
+    for name, _, _ in parameter_table(config):
         if name.startswith("h."):
             _, layer, short = name.split(".")
             params[name] = stacked[short][int(layer)]

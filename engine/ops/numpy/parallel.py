@@ -15,6 +15,8 @@ from functools import partial
 import numpy as np
 import threadpoolctl
 
+from engine.launcher import ranks_on_this_machine
+
 # Sharing out pays from about 100 microseconds of work a block on, for waking a thread takes tens of them.
 MATMUL_ROWS = 384  # rows of a product in a block
 ELEMENTS = 2**18  # of an elementwise pass in a block
@@ -114,11 +116,12 @@ def _team() -> _Team:
 
 
 def _cores() -> int:
-    """OMP_NUM_THREADS, which a user sets who wants fewer, else the cores that this process may run on."""
+    """OMP_NUM_THREADS, which a user sets who wants fewer, else this rank's part of the cores that it may run on."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
     if setting.isdigit() and int(setting) > 0:
         return int(setting)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // ranks_on_this_machine(os.environ))
 
 
 CORES = _cores()

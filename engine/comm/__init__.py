@@ -1,0 +1,74 @@
+"""Ranks that train together: one interface, whatever carries it. At one rank every exchange is a no-op.
+
+What a communicator offers, each a collective that all ranks call in the same order:
+
+    rank, world               this one's number, and how many there are
+    reduce_scatter(buffer)    buffer (world * n) holds, in this rank's n elements, the sum over ranks; the rest is spent
+    all_gather(buffer)        buffer (world * n) holds, in each rank's n elements, what that rank has there
+    gather(values)            float64 (world, n): every rank's values (n)
+    barrier()                 returns when all have called it
+    abort(code)               ends every rank at once (not a collective: one rank calls it)
+
+Sums are made in the order of the ranks: the same inputs give the same bits, whatever library carries them.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine.comm.one import OneRank
+from engine.errors import UsageError, UserError, complain
+from engine.launcher import ranks
+
+
+class Communicator(Protocol):
+    """See the module's docstring."""
+
+    rank: int
+    world: int
+
+    def reduce_scatter(self, buffer: Any) -> None: ...
+    def all_gather(self, buffer: Any) -> None: ...
+    def gather(self, values: np.ndarray) -> np.ndarray: ...
+    def barrier(self) -> None: ...
+    def abort(self, code: int) -> None: ...
+
+
+def connect(environ: Mapping[str, str]) -> Communicator:
+    """All ranks that the launcher has started. UsageError if they cannot find each other."""
+    world, _ = ranks(environ)
+    if world == 1:
+        return OneRank()
+    try:
+        from engine.comm.mpi import MPIRanks
+    except ImportError as error:
+        raise UsageError(
+            f"{world} ranks were started, but mpi4py cannot be loaded ({error}): "
+            'pip install -e ".[mpi]", and start with the mpirun that it brings'
+        ) from error
+    comm = MPIRanks()
+    if comm.world != world:
+        raise UsageError(
+            f"the launcher has started {world} ranks, but MPI sees {comm.world}: mpirun belongs to another MPI than "
+            f"mpi4py, which uses {comm.library}. Start with the mpirun of that one"
+        )
+    return comm
+
+
+@contextmanager
+def ending_together(comm: Communicator) -> Iterator[None]:
+    """An error on one rank ends all: otherwise the others would wait for it for ever. One rank says why."""
+    try:
+        yield
+    except BaseException as error:
+        if comm.world == 1 or isinstance(error, SystemExit):
+            raise
+        complain(error)
+        comm.abort(error.exit_code if isinstance(error, UserError) else 1)
+
+
+def fingerprints(comm: Communicator, digest: bytes) -> list[bytes]:
+    """Every rank's digest, all of one length."""
+    return [bytes(row.astype(np.uint8)) for row in comm.gather(np.frombuffer(digest, np.uint8).astype(np.float64))]

@@ -1,0 +1,50 @@
+"""Run under mpirun by tests/test_ranks.py: a few steps in float64 on one global batch, whatever the number of ranks.
+
+Rank 0 writes the summed gradients of the first step and the parameters after the last to the file it is given.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from engine import device, ops
+from engine.comm import connect, ending_together
+from engine.config import RunConfig
+from engine.data import Loader, Samples
+from engine.models.gpt2 import GPT2, decayed
+from engine.optimizer import AdamW
+from engine.shards import open_shard
+from engine.zero import Zero
+from tests.test_gpt2 import make_parameters
+from tests.test_ranks import CONFIG, GLOBAL_BATCH, STEPS, T
+
+comm = connect(os.environ)
+with ending_together(comm):
+    target, shard, stage = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    dev, operations = device.load("numpy"), ops.load("numpy")
+    B = GLOBAL_BATCH // comm.world
+    model = GPT2(CONFIG, operations, dev, B=B, T=T, dtype=np.float64, statistic_dtype=np.float64, shares=comm.world)
+    make_parameters(CONFIG, model.params.views)
+    zero = Zero(comm, model.params, model.grads, stage)
+    run = RunConfig(B=B, T=T, weight_decay=0.1)
+    optimizer = AdamW(model.params, model.grads, decayed(CONFIG), zero, run, operations, dev, np.float64)
+    loader = Loader(Samples([open_shard(shard)], T), B, seed=1, rank=comm.rank, world=comm.world)
+    results = {}
+    for step in range(STEPS):
+        inp, targets = loader.next()
+        model.zero_grads()
+        model.forward(inp)
+        losses = model.backward(inp, targets, 1 / (GLOBAL_BATCH * T), on_ready=zero.reduce)
+        if step == 0:
+            whole = model.grads.flat.copy()
+            for bucket in model.grads.buckets:
+                comm.all_gather(whole[bucket])
+            results |= {f"grad.{name}": view.copy() for name, view in model.grads.split(whole).items()}
+        loss = np.array(comm.gather(losses.mean()).mean())
+        optimizer.step(step + 1, 1e-2, loss)
+        results[f"loss.{step}"] = loss
+    results |= {f"param.{name}": view for name, view in model.params.views.items()}
+    if comm.rank == 0:
+        np.savez(target, **results)

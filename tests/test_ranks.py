@@ -1,0 +1,247 @@
+"""Several ranks on CPUs, by the real mpirun: the same run as one rank's, and an end for all when one ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import checkpoint
+from engine.config import GPT2Config
+from engine.models.gpt2 import MODEL_FILE
+from engine.training import OPTIMIZER_FILE
+from tests.conftest import ROOT, TIMEOUT, TRAIN, Run, data, finish
+
+MPIRUN = Path(sys.executable).parent / "mpirun"
+pytest.importorskip("mpi4py", reason='mpi4py is not installed: pip install -e ".[mpi]"')
+if not MPIRUN.exists():
+    pytest.skip(f'no mpirun beside {sys.executable}: pip install -e ".[mpi]"', allow_module_level=True)
+
+CONFIG = GPT2Config(maxT=16, V=256, L=2, NH=2, C=8)
+T, GLOBAL_BATCH, STEPS = 16, 24, 10
+WORLDS = (1, 2, 3, 4, 8)
+
+# 24 sequences of 16 tokens in every step, however they are shared out
+OPTIONS = ("-e", "l2h2c16", "-t", 16, "-d", 384, "-l", 1e-2, "-v", 4, "-m", -1, "-s", 0, "-x", 8)
+
+
+def start(world: int, *args: object, program: Path = TRAIN) -> subprocess.Popen:
+    return subprocess.Popen(
+        [str(MPIRUN), "-np", str(world), sys.executable, str(program), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def run(world: int, *args: object, **options: object) -> Run:
+    return finish(start(world, *args, **options), TIMEOUT)
+
+
+def trained(world: int, *args: object) -> Run:
+    result = run(world, *OPTIONS, "-b", GLOBAL_BATCH // world, *args)
+    assert result.code == 0, result.err
+    return result
+
+
+def losses(out_dir: Path) -> dict[tuple[int, str], float]:
+    records = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    return {(record["step"], record["kind"]): record["loss"] for record in records}
+
+
+def tensors(out_dir: Path) -> dict[str, bytes]:
+    """Everything in the newest checkpoint, as bytes."""
+    saved = checkpoint.load_latest(out_dir, report=pytest.fail)
+    assert saved
+    arrays = saved.tensors(MODEL_FILE) | saved.tensors(OPTIMIZER_FILE)
+    return {name: array.tobytes() for name, array in arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def one_rank_in_float64(shards_dir, tmp_path_factory) -> dict[str, np.ndarray]:
+    return in_float64(1, 0, shards_dir, tmp_path_factory.mktemp("one"))
+
+
+def in_float64(world: int, stage: int, shards_dir: Path, folder: Path) -> dict[str, np.ndarray]:
+    """Gradients of the first step, losses, and the parameters in the end: see rank_gradients.py."""
+    target = folder / "results.npz"
+    program = ROOT / "tests/rank_gradients.py"
+    result = run(world, target, shards_dir / "train_000000.bin", stage, program=program)
+    assert result.code == 0, result.err
+    with np.load(target) as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_gradients_and_parameters_are_those_of_one_rank(world, stage, shards_dir, tmp_path, one_rank_in_float64):
+    """In float64, to 1e-12 of each tensor's largest: ranks add up in another order, and nothing else differs.
+
+    The key bias's true gradient is zero: what is computed is rounding, about 1e-17 here. AdamW divides it by its own
+    size plus eps = 1e-8, so 10 steps at a rate of 1e-2 move that bias by 1e-17 / 1e-8 * 1e-2 * 10 = 1e-10 at random.
+    """
+    found = in_float64(world, stage, shards_dir, tmp_path)
+    assert found.keys() == one_rank_in_float64.keys()
+    for name, expected in one_rank_in_float64.items():
+        error = np.abs(found[name] - expected)
+        if name.startswith("param.") and name.endswith("qkvb"):
+            key_bias = slice(CONFIG.C, 2 * CONFIG.C)
+            assert error[key_bias].max() < 1e-10
+            error[key_bias] = 0
+        assert error.max() <= 1e-12 * np.abs(expected).max(), name
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_the_run_is_that_of_one_rank(world, shards_dir, tmp_path):
+    """Through train.py in float32: every loss within rounding of one rank's, validation included."""
+    trained(1, *data(shards_dir), "-o", tmp_path / "one")
+    trained(world, *data(shards_dir), "-o", tmp_path / "many", "-z", 1)
+    one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert many[0, "val"] == pytest.approx(one[0, "val"], rel=1e-7)  # no step yet: sums in another order
+    for key, loss in one.items():
+        assert many[key] == pytest.approx(loss, rel=1e-4), key  # 8 steps of Adam on float32 gradients
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_both_stages_and_every_repetition_give_the_same_bits(world, shards_dir, tmp_path):
+    for name, stage in (("a", 0), ("b", 1), ("c", 1)):
+        trained(world, *data(shards_dir), "-o", tmp_path / name, "-z", stage, "-n", 8)
+    assert tensors(tmp_path / "a") == tensors(tmp_path / "b") == tensors(tmp_path / "c")
+    logs = [(tmp_path / name / "main.log").read_text() for name in "abc"]
+    assert logs[0] == logs[1] == logs[2]
+
+
+def test_accumulation_on_several_ranks(shards_dir, tmp_path):
+    """Two ranks with three micro-batches each see the step that one rank sees whole."""
+    trained(1, *data(shards_dir), "-o", tmp_path / "one")
+    assert run(2, *OPTIONS, *data(shards_dir), "-b", 4, "-o", tmp_path / "many", "-z", 1).code == 0
+    one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
+    assert many[0, "train"] == pytest.approx(one[0, "train"], rel=1e-6)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(shards_dir, tmp_path):
+    """2 ranks, then 4, then 1: each takes the whole state over, and the losses stay those of an unbroken run."""
+    whole, out_dir = tmp_path / "whole", tmp_path / "run"
+    trained(2, *data(shards_dir), "-o", whole, "-n", 8)
+    for world, steps in ((2, 3), (4, 6), (1, 8)):
+        saved = tensors(out_dir) if out_dir.exists() else None
+        result = run(
+            world,
+            *OPTIONS[:-2],
+            *data(shards_dir),
+            *("-b", GLOBAL_BATCH // world, "-x", steps, "-n", 100, "-o", out_dir, "-y", 1, "-z", 1, "-k", "constant"),
+        )
+        assert result.code == 0, result.err
+        assert (saved is None) == ("starting at step 0" in result.out)
+        assert len(checkpoint.load_latest(out_dir, report=pytest.fail).tensors(OPTIMIZER_FILE)) > 10
+    trained(1, *data(shards_dir), "-o", tmp_path / "constant", "-k", "constant")
+    expected, found = losses(tmp_path / "constant"), losses(out_dir)
+    for step in range(8):
+        assert found[step, "train"] == pytest.approx(expected[step, "train"], rel=1e-4)
+
+
+def test_state_moves_between_numbers_of_ranks_bit_for_bit(shards_dir, tmp_path):
+    """A checkpoint that 3 ranks wrote, loaded and saved again by 2 ranks and by 1, after no step at all."""
+    trained(3, *data(shards_dir), "-o", tmp_path / "run", "-n", 8, "-z", 1)
+    before = tensors(tmp_path / "run")
+    for world in (2, 1):
+        script = ROOT / "tests/rank_reload.py"
+        result = run(world, tmp_path / "run", tmp_path / f"again{world}", program=script)
+        assert result.code == 0, result.err
+        assert tensors(tmp_path / f"again{world}") == before
+
+
+def test_only_rank_0_speaks(shards_dir, tmp_path):
+    result = trained(3, *data(shards_dir), "-o", tmp_path / "run")
+    assert result.out.count("step 8: validation loss") == 1
+    assert "3 ranks x 1 x 8 sequences of 16" in result.out
+    assert result.err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("-i", "nothing.bin", "-v", 0), 3, "nothing.bin"),
+        (("-z", 2), 2, "-z 2"),
+        (("-b", 7), 2, "-b 7 x"),
+        (("-b", 24), 2, "2 ranks x -b 24"),
+        (("-b", 0), 2, "-b must be"),
+    ],
+)
+def test_a_mistake_is_one_message_and_its_exit_code(shards_dir, options, code, words):
+    result = run(2, *data(shards_dir), *OPTIONS, "-b", 12, *options)
+    assert result.code == code
+    assert result.err.count("error (exit") == 1
+    assert words in result.err
+    assert "Traceback" not in result.err
+
+
+def test_ranks_with_different_options_are_refused(shards_dir):
+    """mpirun can start a program for each rank."""
+    one = [sys.executable, str(TRAIN), *map(str, (*OPTIONS, *data(shards_dir), "-b", 12))]
+    command = [str(MPIRUN), "-np", "1", *one, ":", "-np", "1", *one, "--seed", "7"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert result.returncode == 2
+    assert "rank 1 was started with other options" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_rank_that_dies_takes_the_others_with_it(number, shards_dir, tmp_path):
+    with start(3, *OPTIONS[:-2], *data(shards_dir), "-b", 8, "-x", 10**6, "-o", tmp_path / "run") as process:
+        pids = wait_for_ranks(process, 3)
+        os.kill(pids[1], signal.SIGKILL if number == signal.SIGKILL else signal.SIGUSR1)
+        result = finish(process, timeout=15)
+    assert result.code not in (0, None) if number == signal.SIGKILL else result.code == 75
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_an_exception_on_one_rank_ends_all(shards_dir, tmp_path):
+    """A mistake in the program, not the user's: a traceback, and no rank that waits for ever."""
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "import runpy, sys\n"
+        "from engine.comm.mpi import MPIRanks\n"
+        "import engine.data\n"
+        "from mpi4py import MPI\n"
+        "if MPI.COMM_WORLD.rank == 1:\n"
+        "    engine.data.Loader.next = lambda self: 1 / 0\n"
+        f"sys.argv[0] = {str(TRAIN)!r}\n"
+        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+    )
+    result = run(3, *OPTIONS, *data(shards_dir), "-b", 8, program=script)
+    assert result.code == 1
+    assert result.err.count("ZeroDivisionError: division by zero") == 1
+
+
+def wait_for_ranks(process: subprocess.Popen, world: int) -> list[int]:
+    """The ranks' process numbers, once the first step is done."""
+    assert process.stdout
+    for line in process.stdout:
+        if re.match(r"step +\d+/", line):
+            break
+    children = subprocess.run(
+        ["pgrep", "-f", f"^{sys.executable} {TRAIN}"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    ours = [int(pid) for pid in children if descends_from(int(pid), process.pid)]
+    assert len(ours) == world
+    return sorted(ours, key=rank_of)
+
+
+def rank_of(pid: int) -> int:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return int(next(value[len(b"PMI_RANK=") :] for value in variables if value.startswith(b"PMI_RANK=")))
+
+
+def descends_from(pid: int, ancestor: int) -> bool:
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return False
