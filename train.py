@@ -53,7 +53,7 @@ def main(run: RunConfig, comm: Communicator) -> int:
     """Train a GPT. Without options: a small one on presidents' messages, prepared if need be, in about four minutes.
 
     Options carry llm.c's letters as aliases. Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint or disk, 5 memory,
-    6 numbers not finite, 75 stopped on request and saved (the same command with -y 1 goes on).
+    6 numbers not finite, 17 hung, 75 stopped on request and saved (the same command with -y 1 goes on).
     """
     with RunLock(run.out_dir) if run.out_dir and comm.rank == 0 else nullcontext():
         if run.train_data == DEMO["train_data"] and comm.rank == 0:
@@ -77,14 +77,19 @@ def build_and_train(run: RunConfig, comm: Communicator) -> int:
 
 def train(t: Training, log: RunLog) -> int:
     """The loop; returns the exit code. Evaluations and checkpoints come before a step, and after the last one."""
-    run, stop = t.run, StopRequest(t.out_dir)
+    run, stop, watchdog = t.run, StopRequest(t.out_dir), t.watchdog
     non_finite_steps = 0
     for step in range(t.start, t.steps + 1):
         last = step == t.steps
         if t.val and due(run.val_every, step, last):
-            log.validation(step, validation_loss(t.model, t.device, t.comm, t.val, run.B, t.val_count))
+            watchdog.enter("validation", step)
+            t.require_same_parameters()
+            loss = validation_loss(t.model, t.device, t.comm, t.val, run.B, t.val_count, watchdog.tick)
+            log.validation(step, loss)
         if due(run.sample_every, step, last) and step > 0 and t.comm.rank == 0:
+            watchdog.enter("sample", step)
             log.sample(step, sample_text(t, step))
+        watchdog.enter("checkpoint", step)
         stopped = stop.reason(t.comm)
         if (due(run.checkpoint_every, step, last) or stopped) and t.out_dir and step > t.start:
             save(t, step, log, must=last or bool(stopped))
@@ -108,6 +113,7 @@ def train(t: Training, log: RunLog) -> int:
             tokens=t.samples_per_step * run.T,
             seconds=time.perf_counter() - began,
         )
+        watchdog.enter("log", step)
         finite = math.isfinite(loss) and math.isfinite(decision.norm)
         non_finite_steps = 0 if finite else non_finite_steps + 1
         if non_finite_steps == MOST_NON_FINITE_STEPS:
@@ -127,12 +133,15 @@ def train_step(t: Training, step: int) -> float:
     t.model.zero_grads()
     t.loss.fill(0)
     for micro_step in range(micro_steps):
+        t.watchdog.enter("data", step)
         inp, targets = (t.device.to_device(tokens) for tokens in t.loader.next())
+        t.watchdog.enter("forward and backward", step)
         t.model.forward(inp)
         finished = t.zero.reduce if micro_step == micro_steps - 1 else nothing
         losses = t.model.backward(inp, targets, 1 / (t.samples_per_step * run.T), on_ready=finished)
         t.ops.classifier.add_mean(t.loss, losses, 1 / micro_steps)
     t.loss[...] = math.fsum(t.comm.gather(t.device.to_host(t.loss))) / t.comm.world
+    t.watchdog.enter("update", step)
     lr = learning_rate(step, t.steps, run)
     t.optimizer.step(step + 1, lr, t.loss)
     return lr
@@ -159,6 +168,7 @@ def sample_text(t: Training, step: int) -> str:
         seed=t.run.seed,
         step=step,
         temperature=t.run.temperature,
+        tick=t.watchdog.tick,
     )
     return t.tokenizer.decode(tokens)
 

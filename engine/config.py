@@ -199,6 +199,9 @@ class RunConfig:
     )
     # several ranks
     zero_stage: int = option(0, "--zero-stage -z", "ZeRO stage", choices=(0, 1, 2))
+    watchdog: float = option(
+        300.0, "--watchdog", "end the job when no rank gets on for so long; 0: never", unit="seconds"
+    )
     num_processes: int = option(1, "--num-processes -pn", "ranks, where no MPI starts them")
     process_rank: int = option(0, "--process-rank -pr", "this process's rank, where no MPI starts it")
     gpus_per_node: int = option(8, "--gpus-per-node -pg", "GPUs of a node, where no MPI says")
@@ -246,6 +249,7 @@ class RunConfig:
             (self.max_norm >= 0, "--clip", "0 or more", self.max_norm),
             (self.max_loss_z >= 0, "-sl", "0 or more", self.max_loss_z),
             (self.max_norm_z >= 0, "-sg", "0 or more", self.max_norm_z),
+            (self.watchdog == 0 or self.watchdog >= 3, "--watchdog", "at least 3 seconds, or 0 for off", self.watchdog),
             (self.num_processes >= 1, "-pn", "at least 1", self.num_processes),
             (0 <= self.seed < 2**32, "--seed", "between 0 and 2^32 - 1", self.seed),
         ]

@@ -1,6 +1,7 @@
 """Validation loss."""
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -10,11 +11,19 @@ from engine.data import Samples
 from engine.models.gpt2 import GPT2
 
 
-def validation_loss(model: GPT2, device: ModuleType, comm: Communicator, samples: Samples, B: int, count: int) -> float:
+def validation_loss(
+    model: GPT2,
+    device: ModuleType,
+    comm: Communicator,
+    samples: Samples,
+    B: int,
+    count: int,
+    tick: Callable[[], None] = lambda: None,
+) -> float:
     """Mean cross-entropy in nats of the first `count` samples, shared out among the ranks, B at a time.
 
     Each sample's loss is summed in float64, and the sum over samples is exact: it depends on which samples there are,
-    not on B or the number of ranks (float32 rounding inside a sample aside).
+    not on B or the number of ranks (float32 rounding inside a sample aside). tick is called for each batch.
     """
     share = -(-count // comm.world)
     sums = np.zeros(share)  # zeros stay where the last rank has fewer
@@ -25,4 +34,5 @@ def validation_loss(model: GPT2, device: ModuleType, comm: Communicator, samples
         model.forward(device.to_device(inp))
         losses = device.to_host(model.losses(device.to_device(targets)))
         sums[indices - first] = losses.sum(axis=1, dtype=np.float64)
+        tick()
     return math.fsum(comm.gather(sums).ravel()) / (count * samples.T)

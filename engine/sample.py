@@ -3,6 +3,7 @@
 `python -m engine.sample RUN_DIR --prompt "My fellow citizens"` writes what the newest checkpoint of a run goes on with.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -31,10 +32,12 @@ def generate(
     seed: int,
     step: int,
     temperature: float,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[int]:
     """`count` tokens that follow prompt (at least one token), each drawn from softmax(logits / temperature).
 
-    The model sees the last T tokens at most. The same seed and step give the same draws.
+    The model sees the last T tokens at most. The same seed and step give the same draws. tick is
+    called for each token.
     """
     coins = (np.random.Philox(key=np.array([seed, SAMPLING | step], np.uint64)).random_raw(count) >> 11) / 2**53
     context = list(prompt)
@@ -49,6 +52,7 @@ def generate(
             drawn, logits[:, len(window) - 1], model.config.V, dev.to_device(np.array([coin])), temperature
         )
         context.append(int(dev.to_host(drawn)[0]))
+        tick()
     return context[len(prompt) :]
 
 

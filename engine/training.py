@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
@@ -16,11 +16,12 @@ from engine.arena import Arena
 from engine.comm import Communicator, fingerprints
 from engine.config import LATER, GPT2Config, RunConfig, model_from_descriptor
 from engine.data import Loader, Samples
-from engine.errors import CheckpointError, DataError, UsageError
+from engine.errors import CheckpointError, DataError, DesyncError, UsageError
 from engine.memory import memory_by_class, require_memory
 from engine.models import gpt2
 from engine.optimizer import AdamW
 from engine.shards import Shard
+from engine.watchdog import Watchdog
 from engine.zero import Zero
 
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
@@ -28,7 +29,7 @@ MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 # What a checkpoint and the run that goes on from it must agree on; the rest may change, and the run says so.
 FIXED_OPTIONS = ("T", "seed", "overfit")
 # Options that say where or how fast, not what: a change of these is not worth a word.
-FREE_OPTIONS = ("out_dir", "resume", "device", "recompute", "train_data", "val_data", "model")
+FREE_OPTIONS = ("out_dir", "resume", "device", "recompute", "train_data", "val_data", "model", "watchdog")
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Training:
     tokenizer: tokenizer.Tokenizer | None
     steps: int
     start: int
+    watchdog: Watchdog
     loss: Any  # () float64 on the device: this step's mean
     identity: dict[str, Any]  # of the run, as every checkpoint keeps it
 
@@ -83,6 +85,22 @@ class Training:
         )
         checkpoint.prune(self.out_dir, keep=self.run.keep_checkpoints, every_major=self.run.keep_major)
         return path
+
+    def require_same_parameters(self) -> None:
+        """DesyncError if some rank's parameters are not, bit for bit, rank 0's. All ranks call it together."""
+        if self.comm.world == 1:
+            return
+        digest = blake2b(digest_size=32)
+        for view in self.model.params.views.values():
+            digest.update(memoryview(self.device.to_host(view)).cast("B"))
+        digests = fingerprints(self.comm, digest.digest())
+        different = [rank for rank, found in enumerate(digests) if found != digests[0]]
+        if different:
+            raise DesyncError(
+                f"the parameters of rank {', '.join(map(str, different))} are not those of rank 0, which no computation "
+                "here can do: suspect the memory or the processor of those ranks' machines. Go on from a checkpoint "
+                "with -y 1"
+            )
 
     def _to_host(self, arrays: dict[str, Any]) -> dict[str, np.ndarray]:
         return {name: self.device.to_host(array) for name, array in arrays.items()}
@@ -165,6 +183,7 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         tokenizer=tokens,
         steps=steps,
         start=saved.step if saved else 0,
+        watchdog=Watchdog(comm, run.watchdog),
         loss=dev.zeros((), np.float64),
         identity=identity,
     )

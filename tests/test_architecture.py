@@ -14,7 +14,7 @@ LAYERS = (
     ("errors",),
     ("config", "shards", "tokenizer"),
     ("comm", "arena", "device", "ops", "data", "checkpoint", "llmc_model"),
-    ("models", "zero", "interrupt"),
+    ("models", "zero", "interrupt", "watchdog"),
     ("optimizer", "log"),
     ("evaluate", "sample", "report", "options", "export", "memory"),
     ("training",),

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -199,25 +200,105 @@ def test_a_rank_that_dies_takes_the_others_with_it(number, shards_dir, tmp_path)
         os.kill(pids[1], signal.SIGKILL if number == signal.SIGKILL else signal.SIGUSR1)
         result = finish(process, timeout=15)
     assert result.code not in (0, None) if number == signal.SIGKILL else result.code == 75
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    wait_for_end(pids)
+
+
+BROKEN_RANK = """
+import runpy, sys
+import engine.data
+from mpi4py import MPI
+if MPI.COMM_WORLD.rank == 1:
+    engine.data.Loader.next = lambda self: 1 / 0
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def test_an_exception_on_one_rank_ends_all(shards_dir, tmp_path):
     """A mistake in the program, not the user's: a traceback, and no rank that waits for ever."""
-    script = tmp_path / "broken.py"
-    script.write_text(
-        "import runpy, sys\n"
-        "from engine.comm.mpi import MPIRanks\n"
-        "import engine.data\n"
-        "from mpi4py import MPI\n"
-        "if MPI.COMM_WORLD.rank == 1:\n"
-        "    engine.data.Loader.next = lambda self: 1 / 0\n"
-        f"sys.argv[0] = {str(TRAIN)!r}\n"
-        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
-    )
-    result = run(3, *OPTIONS, *data(shards_dir), "-b", 8, program=script)
+    result = run(3, *OPTIONS, *data(shards_dir), "-b", 8, program=altered(BROKEN_RANK, tmp_path))
     assert result.code == 1
     assert result.err.count("ZeroDivisionError: division by zero") == 1
+
+
+def test_a_rank_that_is_stopped_is_named_and_ends_the_job(shards_dir, tmp_path):
+    """SIGSTOP, which no launcher notices: the others say who is silent."""
+    options = (*OPTIONS[:-2], *data(shards_dir), "-b", 8, "-x", 10**6, "--watchdog", 3)
+    with start(3, *options, "-o", tmp_path / "run") as process:
+        pids = wait_for_ranks(process, 3)
+        os.kill(pids[1], signal.SIGSTOP)
+        result = finish(process, timeout=20)
+    assert result.code == 17
+    assert result.err.count("watchdog (exit 17)") == 1
+    assert re.search(r"rank 1 is silent, perhaps stopped or dead: step \d+, ", result.err)
+    assert "rank 0 is" not in result.err
+    wait_for_end(pids)
+
+
+STUCK_RANK = """
+import runpy, sys, threading
+import engine.data
+from mpi4py import MPI
+if MPI.COMM_WORLD.rank == 2:
+    engine.data.Loader.next = lambda self: threading.Event().wait()
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+SLOW_SAMPLE = """
+import runpy, sys, time
+from engine.ops.numpy import sampling
+fast = sampling.sample
+def slow(*args):
+    time.sleep(0.5)
+    fast(*args)
+sampling.sample = slow
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def altered(script: str, folder: Path) -> Path:
+    """train.py with something in the engine changed before it starts."""
+    path = folder / "altered.py"
+    path.write_text(f"import sys\nsys.argv[0] = {str(TRAIN)!r}\n{script}")
+    return path
+
+
+def test_a_rank_that_is_stuck_is_named_with_its_phase(shards_dir, tmp_path):
+    """Alive, but getting nowhere: the furthest behind."""
+    program = altered(STUCK_RANK, tmp_path)
+    result = run(3, *OPTIONS, *data(shards_dir), "-b", 8, "--watchdog", 3, program=program)
+    assert result.code == 17
+    assert "rank 2 is the furthest behind: step 1, data" in result.err
+    assert result.err.count("furthest behind") == 1
+
+
+def test_a_long_phase_that_gets_on_is_no_alarm(shards_dir, tmp_path):
+    """Rank 0 writes a sample for longer than the watchdog's limit, while the other waits for it."""
+    options = (*OPTIONS[:-4], "-x", 2, "-s", 2, "-g", 9, "-b", 12, "--watchdog", 3)
+    result = run(2, *data(shards_dir), *options, program=altered(SLOW_SAMPLE, tmp_path))
+    assert result.code == 0, result.err
+    assert "step 2: sample" in result.out
+
+
+FLIPPED_BIT = """
+import runpy, sys
+import numpy as np
+from engine.optimizer import AdamW
+from mpi4py import MPI
+step = AdamW.step
+def flip(self, t, lr, loss):
+    step(self, t, lr, loss)
+    if t == 3 and MPI.COMM_WORLD.rank == 1:
+        self._params.views["h.0.fcw"].view(np.uint32)[1, 2] ^= 1
+AdamW.step = flip
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_flipped_bit_is_found_at_the_next_validation(shards_dir, tmp_path):
+    result = run(3, *OPTIONS, *data(shards_dir), "-b", 8, program=altered(FLIPPED_BIT, tmp_path))
+    assert result.code == 17
+    assert "the parameters of rank 1 are not those of rank 0" in result.err
+    assert "step 4: validation" not in result.out
 
 
 def wait_for_ranks(process: subprocess.Popen, world: int) -> list[int]:
@@ -232,6 +313,16 @@ def wait_for_ranks(process: subprocess.Popen, world: int) -> list[int]:
     ours = [int(pid) for pid in children if descends_from(int(pid), process.pid)]
     assert len(ours) == world
     return sorted(ours, key=rank_of)
+
+
+def wait_for_end(pids: list[int]) -> None:
+    """mpirun may be gone a moment before the ranks that it has killed are."""
+    for _ in range(50):
+        alive = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        if not alive:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"still there after 5 seconds: {alive}")
 
 
 def rank_of(pid: int) -> int:

@@ -29,6 +29,7 @@ from engine.models import gpt2
 from engine.optimizer import AdamW
 from engine.shards import MAGIC, open_shard
 from engine.training import Training
+from engine.watchdog import Watchdog
 from engine.zero import Zero
 from tests.conftest import TINY, data, finish, running, signals_restored
 
@@ -260,6 +261,7 @@ def training_in_float64(folder: Path, run: RunConfig) -> Training:
         tokenizer=None,
         steps=run.steps,
         start=0,
+        watchdog=Watchdog(OneRank(), 0),
         loss=dev.zeros((), np.float64),
         identity={},
     )

@@ -7,6 +7,8 @@ What a communicator offers, each a collective that all ranks call in the same or
     all_gather(buffer)        buffer (world * n) holds, in each rank's n elements, what that rank has there
     gather(values)            float64 (world, n): every rank's values (n)
     barrier()                 returns when all have called it
+    pulse(values)             (not a collective, and on a thread of its own) sends values to all others, and gives
+                              (rank, values) of what has come from them since, oldest first
     abort(code)               ends every rank at once (not a collective: one rank calls it)
 
 Sums are made in the order of the ranks: the same inputs give the same bits, whatever library carries them.
@@ -33,6 +35,7 @@ class Communicator(Protocol):
     def all_gather(self, buffer: Any) -> None: ...
     def gather(self, values: np.ndarray) -> np.ndarray: ...
     def barrier(self) -> None: ...
+    def pulse(self, values: np.ndarray) -> list[tuple[int, np.ndarray]]: ...
     def abort(self, code: int) -> None: ...
 
 

@@ -5,6 +5,8 @@ import time
 import numpy as np
 from mpi4py import MPI
 
+from engine.errors import UsageError
+
 FORWARDING = 0.3  # seconds for mpirun to pass on what a rank has printed: after an abort it throws the rest away
 
 
@@ -16,6 +18,10 @@ class MPIRanks:
         self.rank, self.world = self._comm.rank, self._comm.size
         self.library = MPI.Get_library_version().splitlines()[0]
         self._received: dict[str, np.ndarray] = {}
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            raise UsageError(f"{self.library} was built without threads, which the watchdog needs: take another MPI")
+        self._pulses = self._comm.Dup()  # its messages are never taken for those of the collectives
+        self._sent: list[tuple[MPI.Request, np.ndarray]] = []
 
     def reduce_scatter(self, buffer: np.ndarray) -> None:
         parts = buffer.reshape(self.world, -1)
@@ -37,6 +43,21 @@ class MPIRanks:
 
     def barrier(self) -> None:
         self._comm.Barrier()
+
+    def pulse(self, values: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        # A message's memory must stay until it is sent; to a rank that listens no more it may never be.
+        self._sent = [(request, message) for request, message in self._sent if not request.Test()]
+        message = np.array(values, np.float64)
+        for rank in range(self.world):
+            if rank != self.rank:
+                self._sent.append((self._pulses.Isend(message, rank), message))
+        heard = []
+        status = MPI.Status()
+        while self._pulses.Iprobe(status=status):
+            received = np.empty_like(message)
+            self._pulses.Recv(received, source=status.Get_source())
+            heard.append((status.Get_source(), received))
+        return heard
 
     def abort(self, code: int) -> None:
         time.sleep(FORWARDING)

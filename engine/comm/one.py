@@ -23,5 +23,8 @@ class OneRank:
     def barrier(self) -> None:
         pass
 
+    def pulse(self, values: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        return []
+
     def abort(self, code: int) -> None:
         sys.exit(code)
