@@ -127,20 +127,22 @@ def train(t: Training, log: RunLog) -> int:
 
 def train_step(t: Training, step: int) -> float:
     """One optimizer step: accumulate the gradient of its micro-batches, update. Returns the learning rate."""
-    run, micro_steps = t.run, t.run.accumulation(t.comm.world)
+    run, micro_steps, lanes = t.run, t.run.accumulation(t.comm.world), len(t.model.lanes)
     if run.overfit:
         t.loader.rewind()
     t.model.zero_grads()
-    t.loss.fill(0)
+    t.lane_losses.fill(0)
     for micro_step in range(micro_steps):
         t.watchdog.enter("data", step)
         inp, targets = (t.device.to_device(tokens) for tokens in t.loader.next())
         t.watchdog.enter("forward and backward", step)
         t.model.forward(inp)
+        lane = micro_step % lanes
         finished = t.zero.reduce if micro_step == micro_steps - 1 else nothing
-        losses = t.model.backward(inp, targets, 1 / (t.samples_per_step * run.T), on_ready=finished)
-        t.ops.classifier.add_mean(t.loss, losses, 1 / micro_steps)
-    t.loss[...] = math.fsum(t.comm.gather(t.device.to_host(t.loss))) / t.comm.world
+        losses = t.model.backward(inp, targets, 1 / (t.samples_per_step * run.T), lane, on_ready=finished)
+        t.ops.classifier.add_mean(t.lane_losses[lane : lane + 1].reshape(()), losses, lanes / micro_steps)
+    everyones = t.comm.gather(t.device.to_host(t.lane_losses))
+    t.loss[...] = math.fsum(everyones.ravel()) / everyones.size
     t.watchdog.enter("update", step)
     lr = learning_rate(step, t.steps, run)
     t.optimizer.step(step + 1, lr, t.loss)

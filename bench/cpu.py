@@ -41,7 +41,7 @@ def make_step(
     model = GPT2(config, operations, dev, B=B, T=T, recompute=recompute)
     initialize(config, model.params.views, seed=42)
     run = RunConfig(B=B, T=T, weight_decay=0.1)
-    zero = Zero(OneRank(), model.params, model.grads, run.zero_stage)
+    zero = Zero(OneRank(), model.params, model.lanes, run.zero_stage, dev)
     optimizer = AdamW(model.params, model.grads, decayed(config), zero, run, operations, dev)
     loss = np.zeros(())
     updates = 0

@@ -199,6 +199,9 @@ class RunConfig:
     )
     # several ranks
     zero_stage: int = option(0, "--zero-stage -z", "ZeRO stage", choices=(0, 1, 2))
+    lanes: int = option(
+        0, "--lanes", "gradients kept apart, for the same bits on any number of ranks that divides this; 0: one a rank"
+    )
     watchdog: float = option(
         300.0, "--watchdog", "end the job when no rank gets on for so long; 0: never", unit="seconds"
     )
@@ -250,6 +253,7 @@ class RunConfig:
             (self.max_loss_z >= 0, "-sl", "0 or more", self.max_loss_z),
             (self.max_norm_z >= 0, "-sg", "0 or more", self.max_norm_z),
             (self.watchdog == 0 or self.watchdog >= 3, "--watchdog", "at least 3 seconds, or 0 for off", self.watchdog),
+            (self.lanes >= 0, "--lanes", "0 or more", self.lanes),
             (self.num_processes >= 1, "-pn", "at least 1", self.num_processes),
             (0 <= self.seed < 2**32, "--seed", "between 0 and 2^32 - 1", self.seed),
         ]
@@ -313,6 +317,19 @@ class RunConfig:
         if problems := self._indivisible(world):
             raise UsageError(*problems)
         return max(1, self.total_batch // (world * self.B * self.T))
+
+    def lanes_per_rank(self, world: int) -> int:
+        """Gradients that each rank keeps apart. UsageError if lanes, ranks and micro-batches do not fit together."""
+        lanes = self.lanes or world
+        if lanes % world:
+            raise UsageError(f"--lanes {lanes} cannot be shared out equally among {world} ranks")
+        batches = self.accumulation(world) * world
+        if batches % lanes:
+            raise UsageError(
+                f"--lanes {lanes} do not divide the {batches} micro-batches of a step: give a -d that is a multiple of "
+                f"{lanes} x -b {self.B} x -t {self.T} = {lanes * self.B * self.T} tokens"
+            )
+        return lanes // world
 
     def samples_per_step(self, world: int) -> int:
         """Sequences in an optimizer step."""

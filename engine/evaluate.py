@@ -20,19 +20,17 @@ def validation_loss(
     count: int,
     tick: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean cross-entropy in nats of the first `count` samples, shared out among the ranks, B at a time.
+    """Mean cross-entropy in nats of the first `count` samples, in batches of B that are shared out among the ranks.
 
     Each sample's loss is summed in float64, and the sum over samples is exact: it depends on which samples there are,
     not on B or the number of ranks (float32 rounding inside a sample aside). tick is called for each batch.
     """
-    share = -(-count // comm.world)
-    sums = np.zeros(share)  # zeros stay where the last rank has fewer
-    first, last = comm.rank * share, min(count, (comm.rank + 1) * share)
-    for start in range(first, last, B):
-        indices = np.arange(start, min(start + B, last))
+    sums = np.zeros(count)  # zeros stay where another rank has the sample
+    for start in range(comm.rank * B, count, comm.world * B):
+        indices = np.arange(start, min(start + B, count))
         inp, targets = samples.read(indices)
         model.forward(device.to_device(inp))
         losses = device.to_host(model.losses(device.to_device(targets)))
-        sums[indices - first] = losses.sum(axis=1, dtype=np.float64)
+        sums[indices] = losses.sum(axis=1, dtype=np.float64)
         tick()
     return math.fsum(comm.gather(sums).ravel()) / (count * samples.T)

@@ -26,6 +26,7 @@ def memory_by_class(run: RunConfig, config: GPT2Config, dev: ModuleType, world: 
 
 def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType, world: int) -> dict[str, int]:
     parameters = gpt2.parameter_tensors(config, dev.COMPUTE_DTYPE)
+    shares = run.lanes or world
     moments = gpt2.parameter_tensors(config, np.float32)
     activations = gpt2.activation_tensors(
         config,
@@ -36,9 +37,9 @@ def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType, world:
         statistic_dtype=np.float32,
     )
     return {
-        "parameters": memory_of(parameters, world),
-        "gradients": memory_of(parameters, world),
-        "optimizer": 2 * memory_of(moments, world) // (world if run.zero_stage else 1),
+        "parameters": memory_of(parameters, shares),
+        "gradients": run.lanes_per_rank(world) * memory_of(parameters, shares),
+        "optimizer": 2 * memory_of(moments, shares) // (world if run.zero_stage else 1),
         "activations": memory_of(activations),
     }
 

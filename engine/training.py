@@ -50,7 +50,8 @@ class Training:
     steps: int
     start: int
     watchdog: Watchdog
-    loss: Any  # () float64 on the device: this step's mean
+    lane_losses: Any  # (lanes of this rank) float64 on the device: this step's means
+    loss: Any  # () float64 on the device: the mean of all lanes
     identity: dict[str, Any]  # of the run, as every checkpoint keeps it
 
     @property
@@ -97,9 +98,9 @@ class Training:
         different = [rank for rank, found in enumerate(digests) if found != digests[0]]
         if different:
             raise DesyncError(
-                f"the parameters of rank {', '.join(map(str, different))} are not those of rank 0, which no computation "
-                "here can do: suspect the memory or the processor of those ranks' machines. Go on from a checkpoint "
-                "with -y 1"
+                f"the parameters of rank {', '.join(map(str, different))} are not those of rank 0: suspect the memory "
+                "or the processor of those machines (or, with -z 0, processors of different kinds). Go on from a "
+                "checkpoint with -y 1"
             )
 
     def _to_host(self, arrays: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -149,9 +150,10 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         T=run.T,
         recompute=run.recompute,
         dtype=dev.COMPUTE_DTYPE,
-        shares=comm.world,
+        lanes=run.lanes_per_rank(comm.world),
+        shares=run.lanes or comm.world,
     )
-    zero = Zero(comm, model.params, model.grads, run.zero_stage)
+    zero = Zero(comm, model.params, model.lanes, run.zero_stage, dev)
     optimizer = AdamW(model.params, model.grads, gpt2.decayed(config), zero, run, operations, dev)
     if saved:
         _restore(saved.tensors(gpt2.MODEL_FILE), model.params.views, dev)
@@ -184,6 +186,7 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         steps=steps,
         start=saved.step if saved else 0,
         watchdog=Watchdog(comm, run.watchdog),
+        lane_losses=dev.zeros((len(model.lanes),), np.float64),
         loss=dev.zeros((), np.float64),
         identity=identity,
     )

@@ -18,6 +18,7 @@ from engine.errors import STUCK
 
 PHASES = ("start", "validation", "sample", "checkpoint", "data", "forward and backward", "update", "log")
 INTERVAL = 0.5  # seconds between pulses
+STAGGER = 2.0  # seconds that each rank waits longer than the one before
 SILENT_AFTER = 2.0  # seconds without one: more than a busy machine makes of an interval
 
 
@@ -57,7 +58,7 @@ class Watchdog:
             if (latest[:, 0] != before).any():
                 moved = now
             # A rank at a time, so that one message is read and not many: the first that speaks ends all.
-            if now - moved > self._limit + self._comm.rank * INTERVAL:
+            if now - moved > self._limit + self._comm.rank * STAGGER:
                 self._end(latest, now - heard > SILENT_AFTER)
             time.sleep(INTERVAL)
 

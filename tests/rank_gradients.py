@@ -27,7 +27,7 @@ with ending_together(comm):
     B = GLOBAL_BATCH // comm.world
     model = GPT2(CONFIG, operations, dev, B=B, T=T, dtype=np.float64, statistic_dtype=np.float64, shares=comm.world)
     make_parameters(CONFIG, model.params.views)
-    zero = Zero(comm, model.params, model.grads, stage)
+    zero = Zero(comm, model.params, model.lanes, stage, dev)
     run = RunConfig(B=B, T=T, weight_decay=0.1)
     optimizer = AdamW(model.params, model.grads, decayed(CONFIG), zero, run, operations, dev, np.float64)
     loader = Loader(Samples([open_shard(shard)], T), B, seed=1, rank=comm.rank, world=comm.world)

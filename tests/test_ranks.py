@@ -119,6 +119,33 @@ def test_both_stages_and_every_repetition_give_the_same_bits(world, shards_dir, 
     assert logs[0] == logs[1] == logs[2]
 
 
+@pytest.mark.parametrize("B", [3, 1], ids=["one micro-batch a lane", "three micro-batches a lane"])
+def test_lanes_make_the_bits_independent_of_the_number_of_ranks(B, shards_dir, tmp_path):
+    """The same parameters, moments, losses and norms on 1, 2, 4 and 8 ranks, in both stages."""
+    results = []
+    for world, stage in ((1, 0), (2, 1), (4, 0), (8, 1)):
+        out_dir = tmp_path / str(world)
+        result = run(
+            world,
+            *OPTIONS,
+            *data(shards_dir),
+            *("-b", B, "--lanes", 8, "-z", stage, "-n", 8, "-c", 0.1, "-o", out_dir),
+        )
+        assert result.code == 0, result.err
+        results.append((tensors(out_dir), (out_dir / "main.log").read_text(), losses(out_dir)))
+    assert all(found == results[0] for found in results[1:])
+
+
+def test_lanes_that_do_not_fit_are_refused(shards_dir):
+    for world, options, words in (
+        (2, ("-b", 12, "--lanes", 3), "--lanes 3 cannot be shared out equally among 2 ranks"),
+        (2, ("-b", 12, "--lanes", 8), "--lanes 8 do not divide the 2 micro-batches"),
+    ):
+        result = run(world, *OPTIONS, *data(shards_dir), *options)
+        assert result.code == 2
+        assert words in result.err
+
+
 def test_accumulation_on_several_ranks(shards_dir, tmp_path):
     """Two ranks with three micro-batches each see the step that one rank sees whole."""
     trained(1, *data(shards_dir), "-o", tmp_path / "one")

@@ -246,7 +246,7 @@ def training_in_float64(folder: Path, run: RunConfig) -> Training:
     for name, view in model.params.views.items():
         view[...] = host.views[name]
     samples = Samples([open_shard(path) for path in sorted(folder.glob("train_*.bin"))], run.T)
-    zero = Zero(OneRank(), model.params, model.grads, run.zero_stage)
+    zero = Zero(OneRank(), model.params, model.lanes, run.zero_stage, dev)
     return Training(
         run=run,
         comm=OneRank(),
@@ -262,6 +262,7 @@ def training_in_float64(folder: Path, run: RunConfig) -> Training:
         steps=run.steps,
         start=0,
         watchdog=Watchdog(OneRank(), 0),
+        lane_losses=dev.zeros((1,), np.float64),
         loss=dev.zeros((), np.float64),
         identity={},
     )

@@ -3,7 +3,7 @@
 What a communicator offers, each a collective that all ranks call in the same order:
 
     rank, world               this one's number, and how many there are
-    reduce_scatter(buffer)    buffer (world * n) holds, in this rank's n elements, the sum over ranks; the rest is spent
+    exchange(out, inp)        out (world, n) = what every rank has for this one: its inp (world, n) in this rank's row
     all_gather(buffer)        buffer (world * n) holds, in each rank's n elements, what that rank has there
     gather(values)            float64 (world, n): every rank's values (n)
     barrier()                 returns when all have called it
@@ -11,7 +11,8 @@ What a communicator offers, each a collective that all ranks call in the same or
                               (rank, values) of what has come from them since, oldest first
     abort(code)               ends every rank at once (not a collective: one rank calls it)
 
-Sums are made in the order of the ranks: the same inputs give the same bits, whatever library carries them.
+None of them adds anything up: sums are made where their order is known, so the same inputs give the same bits,
+whatever library carries them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,7 @@ class Communicator(Protocol):
     rank: int
     world: int
 
-    def reduce_scatter(self, buffer: Any) -> None: ...
+    def exchange(self, out: Any, inp: Any) -> None: ...
     def all_gather(self, buffer: Any) -> None: ...
     def gather(self, values: np.ndarray) -> np.ndarray: ...
     def barrier(self) -> None: ...

@@ -17,20 +17,13 @@ class MPIRanks:
         self._comm = MPI.COMM_WORLD
         self.rank, self.world = self._comm.rank, self._comm.size
         self.library = MPI.Get_library_version().splitlines()[0]
-        self._received: dict[str, np.ndarray] = {}
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             raise UsageError(f"{self.library} was built without threads, which the watchdog needs: take another MPI")
         self._pulses = self._comm.Dup()  # its messages are never taken for those of the collectives
         self._sent: list[tuple[MPI.Request, np.ndarray]] = []
 
-    def reduce_scatter(self, buffer: np.ndarray) -> None:
-        parts = buffer.reshape(self.world, -1)
-        received = self._scratch(parts)
-        self._comm.Alltoall(parts, received)
-        own = parts[self.rank]
-        own[...] = received[0]
-        for part in received[1:]:
-            own += part
+    def exchange(self, out: np.ndarray, inp: np.ndarray) -> None:
+        self._comm.Alltoall(inp, out)
 
     def all_gather(self, buffer: np.ndarray) -> None:
         self._comm.Allgather(MPI.IN_PLACE, buffer)
@@ -62,10 +55,3 @@ class MPIRanks:
     def abort(self, code: int) -> None:
         time.sleep(FORWARDING)
         self._comm.Abort(code)
-
-    def _scratch(self, like: np.ndarray) -> np.ndarray:
-        """An array of this shape and dtype, allocated once."""
-        key = f"{like.dtype} {like.shape}"
-        if key not in self._received:
-            self._received[key] = np.empty_like(like)
-        return self._received[key]

@@ -11,8 +11,8 @@ class OneRank:
 
     rank, world = 0, 1
 
-    def reduce_scatter(self, buffer: Any) -> None:
-        pass
+    def exchange(self, out: Any, inp: Any) -> None:
+        out[...] = inp
 
     def all_gather(self, buffer: Any) -> None:
         pass

@@ -166,8 +166,8 @@ def initialize(config: GPT2Config, params: dict[str, np.ndarray], seed: int) -> 
 class GPT2:
     """Parameters, gradients and activations in device memory, and the two passes over them.
 
-    params, grads: arenas of the parameter table, whose buckets divide into `shares` parts. Gradients accumulate over
-    backward calls until `zero_grads`.
+    params: arena of the parameter table, whose buckets divide into `shares` parts. lanes: arenas like it for gradients,
+    which accumulate over backward calls until `zero_grads`; grads is the first, and most runs have no other.
     """
 
     def __init__(
@@ -181,11 +181,13 @@ class GPT2:
         recompute: int = 0,
         dtype: Any = np.float32,
         statistic_dtype: Any = np.float32,
+        lanes: int = 1,
         shares: int = 1,
     ):
         self.config, self.ops, self.recompute = config, ops, recompute
         self.params = Arena(parameter_tensors(config, dtype), device.zeros, shares)
-        self.grads = Arena(parameter_tensors(config, dtype), device.zeros, shares)
+        self.lanes = [Arena(parameter_tensors(config, dtype), device.zeros, shares) for _ in range(lanes)]
+        self.grads = self.lanes[0]
         self._activation_options = {
             "recompute": recompute,
             "dtype": dtype,
@@ -195,11 +197,12 @@ class GPT2:
             activation_tensors(config, B=B, T=T, **self._activation_options),
             device.zeros,
         )
-        self._p, self._g = self._by_layer(self.params.views), self._by_layer(self.grads.views)
+        self._p, self._g = self._by_layer(self.params.views), [self._by_layer(lane.views) for lane in self.lanes]
         self._a: dict[tuple[int, int], SimpleNamespace] = {}
 
     def zero_grads(self) -> None:
-        self.grads.flat.fill(0)
+        for lane in self.lanes:
+            lane.flat.fill(0)
 
     def forward(self, inp: Array) -> Array:
         """logits (B,T,Vp) of the tokens inp (B,T) int32; everything that backward needs is kept."""
@@ -220,13 +223,18 @@ class GPT2:
         return a.losses
 
     def backward(
-        self, inp: Array, targets: Array, dloss: float, on_ready: Callable[[int], None] = lambda bucket: None
+        self,
+        inp: Array,
+        targets: Array,
+        dloss: float,
+        lane: int = 0,
+        on_ready: Callable[[int], None] = lambda bucket: None,
     ) -> Array:
-        """grads += dloss * the gradient of the summed losses of the last forward, of inp. Returns losses (B,T).
+        """lanes[lane] += dloss * the gradient of the summed losses of the last forward, of inp. Returns losses (B,T).
 
         on_ready(bucket) is called as soon as the gradients of a bucket are finished, last layer first.
         """
-        ops, p, g, a = self.ops, self._p, self._g, self._activations(inp.shape)
+        ops, p, g, a = self.ops, self._p, self._g[lane], self._activations(inp.shape)
         ops.classifier.forward_backward(a.losses, a.logits, targets, self.config.V, dloss)
         ops.linear.backward(a.dbranch, g.wte, None, a.logits, a.lnf, p.wte)
         a.dx.fill(0)
