@@ -179,7 +179,7 @@ class RunConfig:
     # evaluation
     val_every: int = option(20, "--val-every -v", "validate every so many steps and at the end; 0: off", unit="steps")
     val_batches: int = option(
-        20, "--val-batches -m", "micro-batches in a validation; -1: the whole split", unit="batches"
+        20, "--val-batches -m", "micro-batches of each rank in a validation; -1: the whole split", unit="batches"
     )
     sample_every: int = option(
         20, "--sample-every -s", "generate text every so many steps and at the end; 0: off", unit="steps"

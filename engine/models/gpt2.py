@@ -62,6 +62,9 @@ NORMAL_STD = 0.02
 MODEL_FILE = "model.safetensors"  # where a checkpoint keeps the parameters
 
 
+NEVER = 3  # a level of -r that does not exist
+
+
 @dataclass(frozen=True)
 class Activation:
     """A line of the activation table.
@@ -73,7 +76,7 @@ class Activation:
     name: str
     shape: str
     per_layer: bool = False
-    recomputed: int = 3
+    recomputed: int = NEVER
     statistic: bool = False
 
 
