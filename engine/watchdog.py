@@ -50,15 +50,16 @@ class Watchdog:
     def _watch(self) -> None:
         latest = np.zeros((self._comm.world, len(Pulse._fields)))
         heard = np.full(self._comm.world, time.monotonic())
-        moved = time.monotonic()
+        still, last = 0.0, time.monotonic()
         while True:
             own, now, before = np.array(self._pulse), time.monotonic(), latest[:, 0].copy()
             for rank, values in [*self._comm.pulse(own), (self._comm.rank, own)]:
                 latest[rank], heard[rank] = values, now
-            if (latest[:, 0] != before).any():
-                moved = now
+            # A job that was suspended as a whole (Ctrl-Z, a laptop's lid) has not hung: only watched time counts.
+            still = 0.0 if (latest[:, 0] != before).any() else still + min(now - last, 2 * INTERVAL)
+            last = now
             # A rank at a time, so that one message is read and not many: the first that speaks ends all.
-            if now - moved > self._limit + self._comm.rank * STAGGER:
+            if still > self._limit + self._comm.rank * STAGGER:
                 self._end(latest, now - heard > SILENT_AFTER)
             time.sleep(INTERVAL)
 

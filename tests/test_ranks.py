@@ -261,6 +261,18 @@ def test_a_rank_that_is_stopped_is_named_and_ends_the_job(shards_dir, tmp_path):
     wait_for_end(pids)
 
 
+def test_a_job_that_is_suspended_as_a_whole_goes_on(shards_dir, tmp_path):
+    options = (*OPTIONS[:-2], *data(shards_dir), "-b", 12, "-x", 10**6, "--watchdog", 3)
+    with start(2, *options, "-o", tmp_path / "run") as process:
+        pids = wait_for_ranks(process, 2)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in pids:
+                os.kill(pid, number)
+            time.sleep(5)  # longer than the watchdog's limit
+        os.kill(pids[0], signal.SIGUSR1)
+        assert finish(process, timeout=20).code == 75
+
+
 STUCK_RANK = """
 import runpy, sys, threading
 import engine.data
