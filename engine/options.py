@@ -22,7 +22,7 @@ def command(defaults_without_data: dict[str, Any]) -> Callable:
     def decorate(function: Callable[[RunConfig, Communicator], int]) -> click.Command:
         @click.pass_context
         @exit_on_user_error
-        def callback(context: click.Context, **values: Any) -> int | None:
+        def callback(context: click.Context, **values: Any) -> int:
             given = {
                 name: value
                 for name, value in values.items()
@@ -32,8 +32,8 @@ def command(defaults_without_data: dict[str, Any]) -> Callable:
                 given = defaults_without_data | given
             comm = connect(os.environ)
             with ending_together(comm):
-                return function(RunConfig(**given), comm)
-            return None
+                code = function(RunConfig(**given), comm)
+            return code
 
         return click.Command(
             name="train.py",
