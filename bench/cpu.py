@@ -161,8 +161,11 @@ def main(
     print(
         f"B={B} T={T} L={L} NH={NH} C={C} V={V} -r {recompute}, float32; {num_rounds} rounds of {STEPS_PER_ROUND} steps"
     )
+    flops = config.flops_per_token(T, causal=True) * B * T
     for name, times in rounds.items():
-        print(f"{name:20} {np.median(times):7.2f} ms a step (rounds {min(times):.2f} to {max(times):.2f})")
+        ms = float(np.median(times))
+        spread = f"rounds {min(times):.2f} to {max(times):.2f}"
+        print(f"{name:20} {ms:7.2f} ms a step, {flops / ms / 1e6:5.0f} GFLOP/s by 6N + 6LCT ({spread})")
     if beside_torch:
         ours, peer = (float(np.median(times)) for times in rounds.values())
         print(f"{'ratio':20} {ours / peer:7.2f}")

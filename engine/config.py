@@ -152,7 +152,7 @@ class RunConfig:
     total_batch: int = option(
         -1,
         "--total-batch -d",
-        "tokens in an optimizer step, by accumulation; -1: one micro-batch",
+        "tokens in an optimizer step, by accumulation; -1: one micro-batch of each rank",
         unit="tokens",
     )
     steps: int = option(-1, "--steps -x", "optimizer steps; -1: one epoch", unit="steps")

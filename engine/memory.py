@@ -56,6 +56,7 @@ def require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType, world: i
     candidates = (
         replace(run, B=B, recompute=level, total_batch=samples * world * run.T)
         for B in sorted(divisors, reverse=True)
+        if samples // B % run.lanes_per_rank(world) == 0
         for level in (run.recompute, 2)
     )
     fitting = (r for r in candidates if sum(memory_by_class(r, config, dev, world).values()) <= free)

@@ -67,7 +67,7 @@ class AdamW:
         The gradients have been summed over the ranks; afterwards every rank has all parameters.
         """
         run, ops = self._run, self._ops
-        self._zero.norm_squared(ops, self._norm_squared, self._device)
+        self._zero.norm_squared(self._norm_squared, ops)
         ops.guard.decide(
             self.decision,
             self._windows["loss_window"],
@@ -102,7 +102,7 @@ class AdamW:
         moments = {
             f"{kind}.{name}": view
             for kind, owned in (("m", self.m), ("v", self.v))
-            for name, view in self._params.split(self._zero.whole(owned, self._device.zeros)).items()
+            for name, view in self._params.split(self._zero.whole(owned)).items()
         }
         return moments | self._windows
 

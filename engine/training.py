@@ -24,7 +24,7 @@ from engine.shards import Shard
 from engine.watchdog import Watchdog
 from engine.zero import Zero
 
-MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
 
 # What a checkpoint and the run that goes on from it must agree on; the rest may change, and the run says so.
 FIXED_OPTIONS = ("T", "seed", "overfit")

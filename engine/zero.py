@@ -16,7 +16,6 @@ partial sums, is the same for any number of ranks that divides the lanes. Withou
 
 import math
 from types import ModuleType
-from typing import Any
 
 from engine.arena import Arena, Array
 from engine.comm import Communicator
@@ -31,6 +30,7 @@ class Zero:
 
     def __init__(self, comm: Communicator, params: Arena, lanes: list[Arena], stage: int, device: ModuleType):
         self._comm, self._params, self._lanes, self._stage = comm, params, lanes, stage
+        self._device = device
         self._shares = [share for bucket in params.buckets for share in _shares(bucket, comm, len(lanes))]
         self.owned = [_own(bucket, comm) for bucket in params.buckets] if stage >= 1 else params.buckets
         most = max((bucket.stop - bucket.start for bucket in params.buckets), default=0)
@@ -58,11 +58,11 @@ class Zero:
         if self._stage == 0:
             self._comm.all_gather(gradients[0])
 
-    def norm_squared(self, ops: ModuleType, out: Array, device: ModuleType) -> None:
+    def norm_squared(self, out: Array, ops: ModuleType) -> None:
         """out () = the sum of the squares of the whole gradient: of each share, then their exact sum."""
         for part, share in enumerate(self._shares):
             ops.norm.squared(self._partial_norms[part : part + 1].reshape(()), self._lanes[0].flat[share])
-        out[...] = math.fsum(self._comm.gather(device.to_host(self._partial_norms)).ravel())
+        out[...] = math.fsum(self._comm.gather(self._device.to_host(self._partial_norms)).ravel())
 
     def gather_parameters(self) -> None:
         """Every rank has all parameters again, after each has updated its own."""
@@ -70,9 +70,9 @@ class Zero:
             for bucket in self._params.buckets:
                 self._comm.all_gather(self._params.flat[bucket])
 
-    def whole(self, owned: Any, zeros: Any) -> Any:
+    def whole(self, owned: Array) -> Array:
         """A flat buffer of all elements from each rank's `owned` ones (num_owned), in the order of the flat buffers."""
-        flat, start = zeros((self._params.flat.size,), owned.dtype), 0
+        flat, start = self._device.zeros((self._params.flat.size,), owned.dtype), 0
         for span in self.owned:
             size = span.stop - span.start
             flat[span] = owned[start : start + size]
@@ -82,7 +82,7 @@ class Zero:
                 self._comm.all_gather(flat[bucket])
         return flat
 
-    def restore(self, owned: Any, flat: Any) -> None:
+    def restore(self, owned: Array, flat: Array) -> None:
         """owned (num_owned) = this rank's elements of flat: the inverse of `whole`."""
         start = 0
         for span in self.owned:

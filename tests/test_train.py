@@ -1006,7 +1006,7 @@ def test_a_model_file_goes_on_with_the_loss_it_was_saved_with(train_here, shards
     options = (*data(shards_dir), "-b", 2, "-t", 16, "-v", 5, "-s", 0, "-m", -1)
     assert train_here(*options, "-e", "l2h2c16", "-x", 5, "-n", 5, "-l", 1e-2, "-o", first) == 0
     saved = checkpoint.load_latest(first, pytest.fail)
-    params = saved.tensors(training.MODEL_FILE)
+    params = saved.tensors(gpt2.MODEL_FILE)
     model = write_model(tmp_path / "x.bin", params, model_from_descriptor("l2h2c16", 256, 16))
     assert train_here(*options, "-e", model, "-x", 1, "-o", second) == 0
     assert losses(second, "val")[0] == losses(first, "val")[-1]

@@ -1,12 +1,12 @@
 """The vocabulary of operations in which the model, the optimizer and the trainer are written.
 
-Two implementations share names, argument order and meaning: `numpy` is the specification and the CPU device,
-`cuda` launches `kernels_cu/*.cu`. Every operation is a module with its forward and backward side by side.
+`numpy` is the specification and the CPU device. Another device's implementation is a twin: the same names, argument
+order and meaning. Every operation is a module with its forward and backward side by side.
 
 What every operation promises:
 - Outputs come first, then inputs, then what forward saved, then options. The gradient of `x` is `dx`.
-- `=` or `+=` is part of the contract: gradients of parameters and of the residual stream accumulate (`+=`), every
-  other output is overwritten (`=`). Each docstring says which.
+- `=` or `+=` is part of the contract: gradients of parameters and of the residual stream accumulate (`+=`), other
+  outputs are overwritten (`=`) or, where a docstring says so, changed in place.
 - Arrays are C-contiguous and allocated by the caller. Scratch memory belongs to the implementation.
 - Shapes: B sequences, T tokens, C channels, NH heads of HS = C / NH, V tokens in the vocabulary padded to Vp,
   N = B * T rows, OC output channels.

@@ -38,7 +38,7 @@ def forward_backward(losses: np.ndarray, logits: np.ndarray, targets: np.ndarray
 
 
 def add_mean(mean: np.ndarray, losses: np.ndarray, share: float) -> None:
-    """mean () += share * the mean of losses (B,T). share is 1 / the number of micro-batches in a step."""
+    """mean () += share * the mean of losses (B,T). share is 1 / the number of micro-batches of a lane."""
     mean += share * losses.mean(dtype=mean.dtype)
 
 

@@ -26,7 +26,7 @@ def _tanh_u(x: np.ndarray) -> np.ndarray:
 
 
 def apply(out: np.ndarray, inp: np.ndarray) -> None:
-    """out = gelu(inp) for one block that fits the cache; they may be the same array."""
+    """out = gelu(inp), for one block of rows."""
     t = _tanh_u(inp)
     t += 1
     t *= 0.5
@@ -34,7 +34,7 @@ def apply(out: np.ndarray, inp: np.ndarray) -> None:
 
 
 def apply_backward(dinp: np.ndarray, inp: np.ndarray) -> None:
-    """dinp *= gelu'(inp) for one block that fits the cache."""
+    """dinp *= gelu'(inp), for one block of rows."""
     t = _tanh_u(inp)
     du = np.multiply(inp, inp, out=scratch("gelu.du", inp.shape, inp.dtype))
     du *= 3 * SCALE * CUBIC / 2
