@@ -1,8 +1,9 @@
 """The story of a run: build, then loop { validate, sample, save, batch, forward, backward, step, log }."""
 
 import math
-import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,11 @@ def build_and_train(run: RunConfig, comm: Communicator) -> int:
 def train(t: Training, log: RunLog) -> int:
     """The loop; returns the exit code. Evaluations and checkpoints come before a step, and after the last one."""
     run, stop, watchdog = t.run, StopRequest(t.out_dir), t.watchdog
-    non_finite_steps = 0
+    steps_log = StepsLog(t, log)
     for step in range(t.start, t.steps + 1):
         last = step == t.steps
+        if last or any(step % every == 0 for every in events(run)):
+            steps_log.catch_up()
         if t.val and due(run.val_every, step, last):
             watchdog.enter("validation", step)
             t.require_same_parameters()
@@ -91,6 +94,8 @@ def train(t: Training, log: RunLog) -> int:
             log.sample(step, sample_text(t, step))
         watchdog.enter("checkpoint", step)
         stopped = stop.reason(t.comm)
+        if stopped:
+            steps_log.catch_up()
         if (due(run.checkpoint_every, step, last) or stopped) and t.out_dir and step > t.start:
             save(t, step, log, must=last or bool(stopped))
         if last:
@@ -99,30 +104,53 @@ def train(t: Training, log: RunLog) -> int:
             log.say(f"stopped by {stopped} after step {step}" + ("" if t.out_dir else "; not saved, for want of -o"))
             return STOPPED_AND_SAVED if t.out_dir else STOPPED
 
-        began = time.perf_counter()
+        began = t.device.mark()
         lr = train_step(t, step)
-        loss, decision = float(t.loss), t.optimizer.decision
-        log.train(
+        steps_log.done(step, lr, began)
+    draw(t, log)
+    return 0
+
+
+class StepsLog:
+    """What steps have done, in the log one step late: the device is given the next step before it is asked for this."""
+
+    def __init__(self, t: Training, log: RunLog):
+        self._t, self._log = t, log
+        self._late: Callable[[], None] = nothing
+        self._non_finite_steps = 0
+
+    def done(self, step: int, lr: float, began: Any) -> None:
+        """The device has been given all of a step. Logs the one before."""
+        results, ended = self._t.device.download([self._t.loss, *self._t.optimizer.decision]), self._t.device.mark()
+        self._t.watchdog.enter("log", step)
+        self.catch_up()
+        self._late = partial(self._write, step, lr, results, began, ended)
+
+    def catch_up(self) -> None:
+        """Logs what has not been logged yet. NonFiniteError where waiting does not help any more."""
+        late, self._late = self._late, nothing
+        late()
+
+    def _write(self, step: int, lr: float, results: Callable[[], list], began: Any, ended: Any) -> None:
+        loss, _clip, skip, norm, loss_z, norm_z = (value.item() for value in results())
+        self._log.train(
             step,
             loss=loss,
             lr=lr,
-            norm=float(decision.norm),
-            loss_z=float(decision.loss_z),
-            norm_z=float(decision.norm_z),
-            skipped=bool(decision.skip),
-            tokens=t.samples_per_step * run.T,
-            seconds=time.perf_counter() - began,
+            norm=norm,
+            loss_z=loss_z,
+            norm_z=norm_z,
+            skipped=bool(skip),
+            tokens=self._t.samples_per_step * self._t.run.T,
+            seconds=self._t.device.seconds_between(began, ended),
         )
-        watchdog.enter("log", step)
-        finite = math.isfinite(loss) and math.isfinite(decision.norm)
-        non_finite_steps = 0 if finite else non_finite_steps + 1
-        if non_finite_steps == MOST_NON_FINITE_STEPS:
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self._non_finite_steps = 0 if finite else self._non_finite_steps + 1
+        if self._non_finite_steps == MOST_NON_FINITE_STEPS:
             raise NonFiniteError(
-                f"the loss or the gradient was NaN or infinite in {non_finite_steps} steps in a row, up to step "
+                f"the loss or the gradient was NaN or infinite in {self._non_finite_steps} steps in a row, up to step "
                 f"{step + 1}; none of them changed the weights. Lower -l or lengthen -u"
             )
-    draw(t, log)
-    return 0
 
 
 def train_step(t: Training, step: int) -> float:
@@ -134,23 +162,28 @@ def train_step(t: Training, step: int) -> float:
     t.lane_losses.fill(0)
     for micro_step in range(micro_steps):
         t.watchdog.enter("data", step)
-        inp, targets = (t.device.to_device(tokens) for tokens in t.loader.next())
+        inp, targets = (upload(tokens) for upload, tokens in zip(t.uploads, t.loader.next(), strict=True))
         t.watchdog.enter("forward and backward", step)
         t.model.forward(inp)
         lane = micro_step % lanes
         finished = t.zero.reduce if micro_step == micro_steps - 1 else nothing
         losses = t.model.backward(inp, targets, 1 / (t.samples_per_step * run.T), lane, on_ready=finished)
         t.ops.classifier.add_mean(t.lane_losses[lane : lane + 1].reshape(()), losses, lanes / micro_steps)
-    everyones = t.comm.gather(t.device.to_host(t.lane_losses))
-    t.loss[...] = math.fsum(everyones.ravel()) / everyones.size
+    everyones = t.comm.gather(t.lane_losses).reshape(-1)
+    t.ops.scalars.total(t.loss, everyones, everyones.size)
     t.watchdog.enter("update", step)
     lr = learning_rate(step, t.steps, run)
     t.optimizer.step(step + 1, lr, t.loss)
     return lr
 
 
-def nothing(bucket: int) -> None:
+def nothing(*_: Any) -> None:
     """What happens to gradients that further micro-batches will add to."""
+
+
+def events(run: RunConfig) -> list[int]:
+    """Every how many steps something happens besides a step."""
+    return [every for every in (run.val_every, run.sample_every, run.checkpoint_every) if every > 0]
 
 
 def due(every: int, step: int, last: bool) -> bool:

@@ -30,12 +30,17 @@ def shape_of(text: str, dims: Mapping[str, int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One line of a resolved table. bucket: neighbours of one number are exchanged between ranks together."""
+    """One line of a resolved table.
+
+    bucket: neighbours of one number are exchanged between ranks together. region: tensors of one name share one memory,
+    for they are never needed at the same time.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: Any
     bucket: int = 0
+    region: str = ""
 
     @property
     def size(self) -> int:
@@ -98,10 +103,18 @@ def memory_of(tensors: Iterable[Tensor], shares: int = 1) -> int:
 def _places(tensors: tuple[Tensor, ...], shares: int) -> dict[str, tuple[int, int]]:
     """(start, end) in bytes of each tensor, padding included: aligned, and a bucket's last one up to equal shares."""
     places: dict[str, tuple[int, int]] = {}
+    regions: dict[str, tuple[int, int]] = {}
     bucket_start = start = 0
     for tensor, following in zip(tensors, (*tensors[1:], None), strict=True):
+        if tensor.region in regions:
+            places[tensor.name] = regions[tensor.region]
+            continue
         itemsize = np.dtype(tensor.dtype).itemsize
-        end = start + _round_up(tensor.size, ALIGNMENT) * itemsize
+        sharing = [other for other in tensors if other.region == tensor.region] if tensor.region else [tensor]
+        assert all(other.dtype == tensor.dtype for other in sharing)
+        end = start + max(_round_up(other.size, ALIGNMENT) for other in sharing) * itemsize
+        if tensor.region:
+            regions[tensor.region] = (start, end)
         if following is None or following.bucket != tensor.bucket:
             end = bucket_start + _round_up(end - bucket_start, shares * ALIGNMENT * itemsize)
             bucket_start = end

@@ -136,7 +136,9 @@ class RunConfig:
     )
     # output
     out_dir: str = option("", "--out-dir -o", "where logs and checkpoints go; none are kept without it")
-    device: str = option("auto", "--device", "where to run", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto", "--device", "where to run; auto: on the GPU, if there is one", choices=("auto", "cpu", "cuda")
+    )
     gpu_log_every: int = option(-1, "--gpu-log-every -lg", "log the GPU's state every so many steps", unit="steps")
     checkpoint_every: int = option(
         0, "--checkpoint-every -n", "save every so many steps, and at the end; 0: never", unit="steps"
@@ -190,11 +192,16 @@ class RunConfig:
     # memory and speed
     recompute: int = option(1, "--recompute -r", "in backward: 0 nothing, 1 GELU, 2 layernorms too", choices=(0, 1, 2))
     tf32: bool = option(True, "--tf32 -f", "TF32 matrix multiplies where parameters are fp32 on a GPU")
-    master_weights: bool = option(True, "--master-weights -w", "keep fp32 masters of bf16 parameters")
+    master_weights: bool = option(
+        True, "--master-weights -w", "keep fp32 masters of bf16 parameters; 0: round the parameters at random instead"
+    )
+    grad_dtype: str = option(
+        "bf16", "--grad-dtype", "in which gradients of bf16 parameters are accumulated", choices=("bf16", "fp32")
+    )
     gelu_fusion: int = option(
         -1,
         "--gelu-fusion -ge",
-        "GELU inside the GPU's matrix multiply: 0 no, 1 forward, 2 both",
+        "GELU inside the GPU's matrix multiply: 0 no, 1 forward, 2 both; -1: what is fastest on this GPU",
         choices=(-1, 0, 1, 2),
     )
     # several ranks
@@ -285,10 +292,8 @@ class RunConfig:
         problems = []
         if self.hellaswag:
             problems.append(f"-h 1: scoring HellaSwag {LATER}")
-        if self.device == "cuda":
-            problems.append(f"--device cuda {LATER}; --device cpu runs now")
         if self.gpu_log_every > 0:
-            problems.append(f"-lg: logging a GPU's state {LATER}, with --device cuda")
+            problems.append(f"-lg: logging a GPU's state {LATER}")
         if self.num_processes > 1 or self.process_rank != 0:
             problems.append(f"-pn {self.num_processes} -pr {self.process_rank}: ranks without MPI {LATER}; use mpirun")
         if self.init_method != "mpi" or self.server_ip or self.fs_path:

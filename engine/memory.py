@@ -14,20 +14,25 @@ from engine.launcher import ranks_on_this_machine
 from engine.models import gpt2
 
 
-def memory_by_class(run: RunConfig, config: GPT2Config, dev: ModuleType, world: int) -> dict[str, int]:
-    """Bytes of parameters, gradients, optimizer and activations on each of `world` ranks, as the tables say.
+def memory_by_class(
+    run: RunConfig, config: GPT2Config, dev: ModuleType, operations: ModuleType, world: int
+) -> dict[str, int]:
+    """Bytes of parameters, gradients, optimizer, activations and scratch on each of `world` ranks, as the tables say.
 
     Resolved for one and two layers, whose difference is what each further layer costs: a mistyped number of layers
     must not take the time and memory of its table before it can be refused.
     """
     one, two = (_bytes_of_tables(run, replace(config, L=L), dev, world) for L in (1, 2))
-    return {name: one[name] + (config.L - 1) * (two[name] - one[name]) for name in one}
+    tables = {name: one[name] + (config.L - 1) * (two[name] - one[name]) for name in one}
+    return tables | {"scratch": operations.scratch_bytes(config.dims() | {"B": run.B, "T": run.T})}
 
 
 def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType, world: int) -> dict[str, int]:
     parameters = gpt2.parameter_tensors(config, dev.COMPUTE_DTYPE)
     shares = run.lanes or world
-    moments = gpt2.parameter_tensors(config, np.float32)
+    in_fp32 = gpt2.parameter_tensors(config, np.float32)
+    has_masters = run.master_weights and dev.COMPUTE_DTYPE != np.float32
+    gradients = in_fp32 if run.grad_dtype == "fp32" else parameters
     activations = gpt2.activation_tensors(
         config,
         B=run.B,
@@ -38,15 +43,15 @@ def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType, world:
     )
     return {
         "parameters": memory_of(parameters, shares),
-        "gradients": run.lanes_per_rank(world) * memory_of(parameters, shares),
-        "optimizer": 2 * memory_of(moments, shares) // (world if run.zero_stage else 1),
+        "gradients": run.lanes_per_rank(world) * memory_of(gradients, shares),
+        "optimizer": (2 + has_masters) * memory_of(in_fp32, shares) // (world if run.zero_stage else 1),
         "activations": memory_of(activations),
     }
 
 
-def require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType, world: int) -> None:
+def require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType, operations: ModuleType, world: int) -> None:
     """OutOfMemoryError, with options that would fit, if the device has less for each rank than that needs."""
-    memory = memory_by_class(run, config, dev, world)
+    memory = memory_by_class(run, config, dev, operations, world)
     free = dev.available_bytes() // ranks_on_this_machine(os.environ)
     if sum(memory.values()) <= free:
         return
@@ -59,7 +64,7 @@ def require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType, world: i
         if samples // B % run.lanes_per_rank(world) == 0
         for level in (run.recompute, 2)
     )
-    fitting = (r for r in candidates if sum(memory_by_class(r, config, dev, world).values()) <= free)
+    fitting = (r for r in candidates if sum(memory_by_class(r, config, dev, operations, world).values()) <= free)
     remedy = next((f"-b {r.B} -d {r.total_batch} -r {r.recompute}" for r in fitting), None)
     raise OutOfMemoryError(
         f"{'a rank' if world > 1 else 'the run'} needs {sum(memory.values()) / 2**30:,.1f} GiB, "

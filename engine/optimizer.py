@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,9 @@ def learning_rate(step: int, steps: int, run: RunConfig) -> float:
 class AdamW:
     """Moments in fp32 for the parameters that this rank updates, and the windows of the outlier guard.
 
+    Where parameters have fewer digits than that, fp32 masters of them too: the parameters are the masters, rounded to
+    nearest even. Without masters (-w 0) the parameters are their own, and rounded at random.
+
     The learning rate aside, a step needs nothing from the host: the guard's clip factor and skip flag stay on the
     device, and `decision` can be read whenever the host wants to log it.
     """
@@ -54,7 +57,9 @@ class AdamW:
         self._params, self._grads, self._zero = params, grads, zero
         self._run, self._ops, self._device = run, ops, device
         self.m, self.v = device.zeros((zero.num_owned,), dtype), device.zeros((zero.num_owned,), dtype)
-        self._segments = list(_owned_segments(zero.owned, list(_decay_segments(params, decayed))))
+        has_masters = run.master_weights and params.flat.dtype != dtype
+        self.master = device.zeros((zero.num_owned,), dtype) if has_masters else None
+        self._segments = list(_owned_segments(zero.owned, list(_decay_segments(params, decayed)), params.buckets))
         self._norm_squared = device.zeros((), np.float64)
         self._windows = {
             name: device.zeros((ops.guard.WINDOW + 1,), np.float64) for name in ("loss_window", "norm_window")
@@ -78,14 +83,14 @@ class AdamW:
             max_loss_z=run.max_loss_z or math.inf,
             max_norm_z=run.max_norm_z or math.inf,
         )
-        for span, moments, decays in self._segments:
-            params = self._params.flat[span]
+        for segment in self._segments:
+            params = self._params.flat[segment.span]
             ops.adamw.update(
                 params,
-                params,
-                self.m[moments],
-                self.v[moments],
-                self._grads.flat[span],
+                params if self.master is None else self.master[segment.owned],
+                self.m[segment.owned],
+                self.v[segment.owned],
+                self._grads.flat[segment.span],
                 self.decision.clip,
                 self.decision.skip,
                 t=t,
@@ -93,9 +98,23 @@ class AdamW:
                 beta1=run.beta1,
                 beta2=run.beta2,
                 eps=run.eps,
-                weight_decay=run.weight_decay if decays else 0.0,
+                weight_decay=run.weight_decay if segment.decays else 0.0,
+                seed=run.seed,
+                stream=segment.bucket,
+                first=segment.first,
             )
         self._zero.gather_parameters()
+
+    def set_parameters(self, values: dict[str, np.ndarray]) -> None:
+        """The parameters, and their masters, = values (fp32) by name."""
+        for name, view in self._params.views.items():
+            view[...] = self._device.to_device(values[name].astype(view.dtype))
+        if self.master is not None:
+            self._take(self.master, values)
+
+    def parameters(self) -> dict[str, Any]:
+        """Arrays of the parameters by name, with all the digits that there are. All ranks call it together."""
+        return self._params.views if self.master is None else self._params.split(self._zero.whole(self.master))
 
     def state(self) -> dict[str, Any]:
         """Every array to be saved, by name: the same at any number of ranks. All ranks call it together."""
@@ -109,23 +128,39 @@ class AdamW:
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Takes this rank's part of what `state` gave, be it on another number of ranks."""
         for kind, owned in (("m", self.m), ("v", self.v)):
-            flat = self._device.zeros((self._params.flat.size,), owned.dtype)
-            for name, view in self._params.split(flat).items():
-                view[...] = self._device.to_device(state[f"{kind}.{name}"])
-            self._zero.restore(owned, flat)
+            self._take(owned, {name: state[f"{kind}.{name}"] for name in self._params.views})
         for name, window in self._windows.items():
             window[...] = self._device.to_device(state[name])
 
+    def _take(self, owned: Any, values: dict[str, np.ndarray]) -> None:
+        """owned = this rank's part of values, which are all tensors by name."""
+        flat = owned if self._zero.owns_all else self._device.zeros((self._params.flat.size,), owned.dtype)
+        for name, view in self._params.split(flat).items():
+            view[...] = self._device.to_device(values[name])
+        if not self._zero.owns_all:
+            self._zero.restore(owned, flat)
 
-def _owned_segments(owned: list[slice], segments: list[tuple[slice, bool]]) -> Iterator[tuple[slice, slice, bool]]:
-    """(slice of the flat buffers, slice of the moments, does weight decay apply?) of all that this rank updates."""
-    before = 0  # moments of the owned slices that came before this one
-    for own in owned:
+
+class _Segment(NamedTuple):
+    """Neighbours that are updated together."""
+
+    span: slice  # of the flat buffers
+    owned: slice  # of the moments and masters
+    decays: bool  # does weight decay apply?
+    bucket: int
+    first: int  # the first one's index in its bucket: unlike that in the flat buffers, it depends on no padding
+
+
+def _owned_segments(owned: list[slice], segments: list[tuple[slice, bool]], buckets: list[slice]) -> Iterator[_Segment]:
+    """All that this rank updates. owned: its slice of each bucket."""
+    before = 0  # elements of the owned slices that came before this one
+    for number, (own, bucket) in enumerate(zip(owned, buckets, strict=True)):
         for span, decays in segments:
             start, stop = max(own.start, span.start), min(own.stop, span.stop)
             if start < stop:
                 shift = before - own.start
-                yield slice(start, stop), slice(start + shift, stop + shift), decays
+                moments = slice(start + shift, stop + shift)
+                yield _Segment(slice(start, stop), moments, decays, number, start - bucket.start)
         before += own.stop - own.start
 
 

@@ -50,6 +50,7 @@ class Training:
     steps: int
     start: int
     watchdog: Watchdog
+    uploads: tuple[Any, Any]  # of a micro-batch's tokens and targets
     lane_losses: Any  # (lanes of this rank) float64 on the device: this step's means
     loss: Any  # () float64 on the device: the mean of all lanes
     identity: dict[str, Any]  # of the run, as every checkpoint keeps it
@@ -75,13 +76,15 @@ class Training:
         All ranks call it together, for each may hold a part of the moments. Returns None on the other ranks.
         """
         assert self.out_dir
-        optimizer = self._to_host(self.optimizer.state())
+        parameters, optimizer = (
+            self._to_host(arrays) for arrays in (self.optimizer.parameters(), self.optimizer.state())
+        )
         if self.comm.rank > 0:
             return None
         path = checkpoint.save(
             self.out_dir,
             step,
-            {gpt2.MODEL_FILE: self._to_host(self.model.params.views), OPTIMIZER_FILE: optimizer},
+            {gpt2.MODEL_FILE: parameters, OPTIMIZER_FILE: optimizer},
             self.identity | {"position": self.loader.position},
         )
         checkpoint.prune(self.out_dir, keep=self.run.keep_checkpoints, every_major=self.run.keep_major)
@@ -104,7 +107,9 @@ class Training:
             )
 
     def _to_host(self, arrays: dict[str, Any]) -> dict[str, np.ndarray]:
-        return {name: self.device.to_host(array) for name, array in arrays.items()}
+        """On the host, and nothing with fewer digits than fp32: so a checkpoint does not depend on the device."""
+        hosts = {name: self.device.to_host(array) for name, array in arrays.items()}
+        return {name: host.astype(np.promote_types(host.dtype, np.float32), copy=False) for name, host in hosts.items()}
 
 
 def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Training:
@@ -112,7 +117,7 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
 
     Raises UserErrors.
     """
-    backend = "numpy"
+    backend = device.choose(run.device, comm.world, say)
     dev, operations = device.load(backend), ops.load(backend)
     saved = _saved_run(run, say)
 
@@ -140,8 +145,11 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         say(f"resumed from {saved.path}" if saved else f"no checkpoint in {run.out_dir} yet: starting at step 0")
     if comm.world > 1 and run.zero_stage == 2:
         raise UsageError(f"-z 2: sharding the gradients too {LATER}; -z 1 shards the optimizer")
-    require_memory(run, config, dev, comm.world)
+    if problem := operations.unsupported(config.C, config.HS):
+        raise UsageError(f"-e {run.model}: {problem}. --device cpu runs any size")
+    require_memory(run, config, dev, operations, comm.world)
 
+    operations.prepare(config.dims() | {"B": run.B, "T": run.T}, run.gelu_fusion)
     model = gpt2.GPT2(
         config,
         operations,
@@ -150,18 +158,17 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         T=run.T,
         recompute=run.recompute,
         dtype=dev.COMPUTE_DTYPE,
+        grad_dtype=np.float32 if run.grad_dtype == "fp32" else dev.COMPUTE_DTYPE,
         lanes=run.lanes_per_rank(comm.world),
         shares=run.lanes or comm.world,
     )
     zero = Zero(comm, model.params, model.lanes, run.zero_stage, dev)
     optimizer = AdamW(model.params, model.grads, gpt2.decayed(config), zero, run, operations, dev)
     if saved:
-        _restore(saved.tensors(gpt2.MODEL_FILE), model.params.views, dev)
+        optimizer.set_parameters(saved.tensors(gpt2.MODEL_FILE))
         optimizer.restore(saved.tensors(OPTIMIZER_FILE))
-    elif weights:
-        _restore(weights, model.params.views, dev)
     else:
-        _initialize(model, config, run.seed, dev)
+        optimizer.set_parameters(weights or _initial_parameters(config, run.seed))
     position = saved.state["position"] if saved else 0
     return Training(
         run=run,
@@ -186,6 +193,7 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         steps=steps,
         start=saved.step if saved else 0,
         watchdog=Watchdog(comm, run.watchdog),
+        uploads=(dev.Upload((run.B, run.T), np.int32), dev.Upload((run.B, run.T), np.int32)),
         lane_losses=dev.zeros((len(model.lanes),), np.float64),
         loss=dev.zeros((), np.float64),
         identity=identity,
@@ -196,7 +204,7 @@ def plan(training: Training) -> str:
     """What will happen, in a few lines."""
     run, config = training.run, training.config
     world = training.comm.world
-    memory = memory_by_class(run, config, training.device, world)
+    memory = memory_by_class(run, config, training.device, training.ops, world)
     lines = [
         f"model      GPT-2, {config.L} layers, {config.NH} heads, {config.C} channels, {config.V:,} tokens "
         f"(padded to {config.Vp:,}): {config.num_parameters:,} parameters",
@@ -208,24 +216,26 @@ def plan(training: Training) -> str:
         f"run        steps {training.start:,} to {training.steps:,}, learning rate {run.lr:g} ({run.schedule}), "
         f"weight decay {run.weight_decay:g}",
         "memory     "
-        + ", ".join(f"{name} {nbytes / 2**20:,.1f}" for name, nbytes in memory.items())
-        + f": {sum(memory.values()) / 2**20:,.1f} MiB on the CPU"
+        + ", ".join(f"{name} {nbytes / 2**20:,.1f}" for name, nbytes in memory.items() if nbytes)
+        + f": {sum(memory.values()) / 2**20:,.1f} MiB on {training.device.describe()}"
         + (" for each rank" if world > 1 else ""),
         f"output     {run.out_dir or 'none is kept (-o DIR keeps logs and checkpoints)'}",
     ]
+    on_cpu = training.device.COMPUTE_DTYPE == np.float32
     idle = [
         flag
         for flag, differs in (
             ("-f", not run.tf32),
-            ("-w", not run.master_weights),
-            ("-ge", run.gelu_fusion != -1),
+            ("-w", on_cpu and not run.master_weights),
+            ("-ge", on_cpu and run.gelu_fusion != -1),
+            ("--grad-dtype", on_cpu and run.grad_dtype != "bf16"),
             ("-z", run.zero_stage != 0 and world == 1),
             ("-pg", run.gpus_per_node != 8),
         )
         if differs
     ]
     if idle:
-        lines.append(f"note       no effect here, on the CPU: {' '.join(idle)}")
+        lines.append(f"note       no effect here, on {'the CPU' if on_cpu else 'the GPU'}: {' '.join(idle)}")
     return "\n".join(lines)
 
 
@@ -310,19 +320,13 @@ def _steps(run: RunConfig, samples: Samples, world: int) -> int:
     return steps
 
 
-def _initialize(model: gpt2.GPT2, config: GPT2Config, seed: int, dev: ModuleType) -> None:
+def _initial_parameters(config: GPT2Config, seed: int) -> dict[str, np.ndarray]:
     host = Arena(gpt2.parameter_tensors(config, np.float32), lambda shape, dtype: np.zeros(shape, dtype))
     try:
         gpt2.initialize(config, host.views, seed)
     except ValueError as error:
         raise UsageError(f"-e is too small a model: {error}") from error
-    _restore(host.views, model.params.views, dev)
-
-
-def _restore(values: dict[str, np.ndarray], views: dict[str, Any], dev: ModuleType) -> None:
-    """views = values, name by name."""
-    for name, view in views.items():
-        view[...] = dev.to_device(values[name])
+    return host.views
 
 
 def _require_same_everywhere(identity: dict[str, Any], comm: Communicator) -> None:

@@ -14,7 +14,6 @@ node is rounded once, whoever computes it. There are as many shares as lanes, so
 partial sums, is the same for any number of ranks that divides the lanes. Without the option there is one lane a rank.
 """
 
-import math
 from types import ModuleType
 
 from engine.arena import Arena, Array
@@ -41,6 +40,11 @@ class Zero:
     def num_owned(self) -> int:
         return sum(span.stop - span.start for span in self.owned)
 
+    @property
+    def owns_all(self) -> bool:
+        """Whether what this rank updates is the flat buffers from end to end."""
+        return self.num_owned == self._params.flat.size
+
     def reduce(self, bucket: int) -> None:
         """The gradient of a bucket, finished here in all lanes, becomes the sum over lanes: of this share, or all."""
         span = self._params.buckets[bucket]
@@ -62,7 +66,7 @@ class Zero:
         """out () = the sum of the squares of the whole gradient: of each share, then their exact sum."""
         for part, share in enumerate(self._shares):
             ops.norm.squared(self._partial_norms[part : part + 1].reshape(()), self._lanes[0].flat[share])
-        out[...] = math.fsum(self._comm.gather(self._device.to_host(self._partial_norms)).ravel())
+        ops.scalars.total(out, self._comm.gather(self._partial_norms).reshape(-1))
 
     def gather_parameters(self) -> None:
         """Every rank has all parameters again, after each has updated its own."""
@@ -72,14 +76,15 @@ class Zero:
 
     def whole(self, owned: Array) -> Array:
         """A flat buffer of all elements from each rank's `owned` ones (num_owned), in the order of the flat buffers."""
+        if self.owns_all:
+            return owned
         flat, start = self._device.zeros((self._params.flat.size,), owned.dtype), 0
         for span in self.owned:
             size = span.stop - span.start
             flat[span] = owned[start : start + size]
             start += size
-        if self._stage >= 1:
-            for bucket in self._params.buckets:
-                self._comm.all_gather(flat[bucket])
+        for bucket in self._params.buckets:
+            self._comm.all_gather(flat[bucket])
         return flat
 
     def restore(self, owned: Array, flat: Array) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from engine.device import cuda_problem
 from engine.shards import ShardWriter
 from engine.tokenizer import Bytes
 
@@ -57,6 +58,14 @@ WORDS = (
         "when",
     ),
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped where there is none, and say why."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    problem = cuda_problem() if marked else ""
+    for item in marked if problem else []:
+        item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {problem}"))
 
 
 class Run(NamedTuple):
@@ -106,10 +115,10 @@ def few_shards_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_train(*args: object, env: dict[str, str] | None = None, **options: object) -> subprocess.Popen:
-    """`python train.py args`, running, its output in pipes unless options say otherwise."""
+    """`python train.py args` on the CPU, running, its output in pipes unless options say otherwise."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(  # type: ignore[call-overload]
-        [sys.executable, str(TRAIN), *map(str, args)],
+        [sys.executable, str(TRAIN), "--device", "cpu", *map(str, args)],
         env=os.environ | (env or {}),
         text=True,
         **(pipes | options),
@@ -137,6 +146,12 @@ def finish(process: subprocess.Popen, timeout: float = TIMEOUT) -> Run:
     return Run(process.returncode, out or "", err or "")
 
 
+def run_command(script: str, *args: object, timeout: float = 4 * TIMEOUT) -> Run:
+    """`python script args`, to its end."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return finish(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), timeout)
+
+
 @pytest.fixture(scope="session")
 def run_train() -> Callable[..., Run]:
     """run_train(*args, timeout=, cwd=, env=, ...): `python train.py args` as a process of its own."""
@@ -161,12 +176,12 @@ def signals_restored() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def train_here() -> Iterator[Callable[..., int]]:
-    """train_here(*args) -> exit code: the same main(), in this process, without the picture at the end."""
+    """train_here(*args) -> exit code: the same main(), on the CPU, in this process, without the picture at the end."""
     import train
 
     def run(*args: object) -> int:
         with signals_restored(), pytest.raises(SystemExit) as end:
-            train.main.main([str(arg) for arg in args], standalone_mode=False)
+            train.main.main(["--device", "cpu", *map(str, args)], standalone_mode=False)
         return end.value.code  # type: ignore[return-value]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -13,14 +13,15 @@ LAYERS = (
     ("disk", "launcher"),
     ("errors",),
     ("config", "shards", "tokenizer"),
-    ("comm", "arena", "device", "ops", "data", "checkpoint", "llmc_model"),
+    ("comm", "arena", "device", "data", "checkpoint", "llmc_model"),
+    ("ops",),
     ("models", "zero", "interrupt", "watchdog"),
     ("optimizer", "log"),
-    ("evaluate", "sample", "report", "options", "export", "memory"),
+    ("evaluate", "sample", "report", "options", "export", "memory", "doctor"),
     ("training",),
 )
 # And of those, a model sees no data, an operation no model.
-FORBIDDEN = {"models": {"comm", "data", "checkpoint", "shards"}, "ops": {"models", "device"}}
+FORBIDDEN = {"models": {"comm", "data", "checkpoint", "shards"}}
 
 
 def product() -> list[Path]:

@@ -201,7 +201,6 @@ def test_a_run_may_end_before_its_warm_up_does(warmup):
     ("options", "flag"),
     [
         ({"hellaswag": True}, "-h"),
-        ({"device": "cuda"}, "--device"),
         ({"gpu_log_every": 1}, "-lg"),
         ({"num_processes": 2}, "-pn"),
         ({"process_rank": 1}, "-pr"),

@@ -32,13 +32,17 @@ TRANSPOSED = {"qkvw", "attprojw", "fcw", "fcprojw"}
 TOP = {"wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
 
 
-def in_our_layout(name: str, state: dict) -> np.ndarray:
-    """The tensor of transformers' state that our `name` is, without the padding of the vocabulary."""
+def peers(name: str, state: dict) -> "torch.Tensor":
+    """The tensor of transformers' state that our `name` is, in our layout, without the padding of the vocabulary."""
     if name in TOP:
-        return state[f"transformer.{TOP[name]}"].detach().numpy()
+        return state[f"transformer.{TOP[name]}"].detach()
     _, layer, short = name.split(".")
-    value = state[f"transformer.h.{layer}.{NAMES[short]}"].detach().numpy()
+    value = state[f"transformer.h.{layer}.{NAMES[short]}"].detach()
     return value.T if short in TRANSPOSED else value
+
+
+def in_our_layout(name: str, state: dict) -> np.ndarray:
+    return peers(name, state).numpy()
 
 
 def test_gpt2_is_transformers_gpt2():

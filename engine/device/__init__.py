@@ -1,9 +1,62 @@
 """Where arrays live. Every device offers the same few functions: see engine/device/numpy.py."""
 
+import ctypes
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 
+from engine.config import LATER
+from engine.errors import UsageError
+
+DOCTOR = "python -m engine.doctor says what is there and what is missing"
+
 
 def load(device: str) -> ModuleType:
-    """The functions of `device` ("numpy"): zeros, to_device, to_host, available_bytes."""
+    """The functions of `device`: "numpy" or "cuda"."""
     return import_module(f"engine.device.{device}")
+
+
+def choose(wanted: str, world: int, say: Callable[[str], None]) -> str:
+    """The device that --device means, for `load`: "numpy" or "cuda".
+
+    auto is the GPU where one can train, else the CPU; where there is a driver for a GPU, it says why the GPU is not
+    taken. UsageError where cuda is asked for and can't be had.
+    """
+    if wanted == "cpu":
+        return "numpy"
+    problem = f"training by several ranks on GPUs {LATER}" if world > 1 else cuda_problem()
+    if not problem:
+        return "cuda"
+    if wanted == "cuda":
+        raise UsageError(f"--device cuda: {problem}. {DOCTOR}; --device cpu does without a GPU")
+    if _has_driver():
+        say(f"note       on the CPU, although there is an NVIDIA driver: {problem}. {DOCTOR}")
+    return "numpy"
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def cuda_problem() -> str:
+    """Why no GPU can train here; empty if one can."""
+    if not _has_driver():
+        return "there is no NVIDIA driver"
+    try:
+        import cupy
+        import nvmath.bindings.cublasLt  # noqa: F401
+    except Exception as error:  # a broken installation raises anything
+        return f'CuPy or nvmath-python cannot be loaded ({error}); pip install -e ".[cuda13]" (or cuda12)'
+    try:
+        if not cupy.cuda.is_available():
+            return "CuPy finds no GPU"
+        capability = cupy.cuda.Device().compute_capability
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CUDA does not start ({error})"
+    if int(capability) < 80:
+        return f"the GPU has compute capability {capability[:-1]}.{capability[-1]}, and bfloat16 takes 8.0"
+    return ""

@@ -1,6 +1,8 @@
 """The CPU device: arrays are numpy arrays, and moving one is doing nothing."""
 
 import os
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +44,36 @@ def available_bytes() -> int:
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
         available = min(available, int(text) - int(used.read_text()))
     return available
+
+
+class Upload:
+    """Host arrays of one shape and dtype, on their way to the device."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any):
+        self._device = zeros(shape, dtype)
+
+    def __call__(self, host: np.ndarray) -> np.ndarray:
+        """The device's array, which has host's values."""
+        self._device[...] = host
+        return self._device
+
+
+def download(arrays: Sequence[np.ndarray]) -> Callable[[], list[np.ndarray]]:
+    """What arrays hold now, for later: on a device that works on its own, the function that is returned waits."""
+    copies = [array.copy() for array in arrays]
+    return lambda: copies
+
+
+def mark() -> float:
+    """A point in time: when the device gets here."""
+    return time.perf_counter()
+
+
+def seconds_between(start: float, end: float) -> float:
+    """Seconds from one mark to a later one."""
+    return end - start
+
+
+def describe() -> str:
+    """The device, for the plan of a run."""
+    return "the CPU"

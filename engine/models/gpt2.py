@@ -71,6 +71,7 @@ class Activation:
 
     per_layer: backward needs every layer's, so each has its own; otherwise one serves the whole model. recomputed:
     from this level of -r on, backward computes it again, so one serves all layers. statistic: fp32 on every device.
+    region: those of one name share one memory.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Activation:
     per_layer: bool = False
     recomputed: int = NEVER
     statistic: bool = False
+    region: str = ""
 
 
 ACTIVATIONS = (
@@ -98,12 +100,13 @@ ACTIVATIONS = (
     Activation("lnf", "B,T,C"),
     Activation("lnf_mean", "B,T", statistic=True),
     Activation("lnf_rstd", "B,T", statistic=True),
-    Activation("logits", "B,T,Vp"),  # and, in backward, their gradient
+    # The logits become their gradient in backward, which is done with before the layers' wide gradients begin.
+    Activation("logits", "B,T,Vp", region="wide"),
     Activation("losses", "B,T", statistic=True),
     Activation("dx", "B,T,C"),  # gradient of the residual stream
     Activation("dbranch", "B,T,C"),  # gradient of a branch's activations of width C
-    Activation("dqkv", "B,T,3C"),
-    Activation("dfc", "B,T,4C"),
+    Activation("dqkv", "B,T,3C", region="wide"),
+    Activation("dfc", "B,T,4C", region="wide"),
 )
 
 
@@ -140,7 +143,7 @@ def activation_tensors(
         if line.per_layer and recompute < line.recomputed:
             tensors += [Tensor(f"h.{layer}.{line.name}", shape, kind) for layer in range(config.L)]
         else:
-            tensors.append(Tensor(line.name, shape, kind))
+            tensors.append(Tensor(line.name, shape, kind, region=line.region))
     return tensors
 
 
@@ -170,7 +173,8 @@ class GPT2:
     """Parameters, gradients and activations in device memory, and the two passes over them.
 
     params: arena of the parameter table, whose buckets divide into `shares` parts. lanes: arenas like it for gradients,
-    which accumulate over backward calls until `zero_grads`; grads is the first, and most runs have no other.
+    which accumulate over backward calls until `zero_grads`; grads is the first, and most runs have no other. They are
+    of grad_dtype, if that is given, else of dtype, as the activations are.
     """
 
     def __init__(
@@ -184,12 +188,14 @@ class GPT2:
         recompute: int = 0,
         dtype: Any = np.float32,
         statistic_dtype: Any = np.float32,
+        grad_dtype: Any = None,
         lanes: int = 1,
         shares: int = 1,
     ):
         self.config, self.ops, self.recompute = config, ops, recompute
         self.params = Arena(parameter_tensors(config, dtype), device.zeros, shares)
-        self.lanes = [Arena(parameter_tensors(config, dtype), device.zeros, shares) for _ in range(lanes)]
+        gradients = parameter_tensors(config, grad_dtype or dtype)
+        self.lanes = [Arena(gradients, device.zeros, shares) for _ in range(lanes)]
         self.grads = self.lanes[0]
         self._activation_options = {
             "recompute": recompute,

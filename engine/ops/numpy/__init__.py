@@ -5,6 +5,7 @@ one (maxima are taken of real parts, nothing is conjugated), so that a complex s
 """
 
 import warnings
+from collections.abc import Mapping
 
 from engine.ops.numpy import (
     adamw,
@@ -17,6 +18,7 @@ from engine.ops.numpy import (
     linear,
     norm,
     sampling,
+    scalars,
 )
 
 # A run that diverges overflows; the guard sees every loss and gradient, and says so better than numpy does.
@@ -33,4 +35,19 @@ __all__ = [
     "linear",
     "norm",
     "sampling",
+    "scalars",
 ]
+
+
+def unsupported(C: int, HS: int) -> str:
+    """Why these operations cannot run a model of C channels and heads of HS; empty if they can."""
+    return ""
+
+
+def scratch_bytes(dims: Mapping[str, int]) -> int:
+    """Memory besides the arguments that the operations take at these sizes (by letter), if it is worth a word."""
+    return 0
+
+
+def prepare(dims: Mapping[str, int], gelu_fusion: int) -> None:
+    """What can be done before the first step, for these sizes. gelu_fusion: as -ge, for matrix multiplies that fuse."""

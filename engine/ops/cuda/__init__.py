@@ -1,0 +1,59 @@
+"""The CUDA twins of engine/ops/numpy: the same names, argument order and meaning, on CuPy arrays.
+
+Parameters, activations and their gradients are bf16 (gradients of parameters fp32 if the caller allocates them so),
+statistics and moments fp32, scalars that the guard handles float64. Kernels compute in fp32 and round once, when they
+store. Each module launches the kernels of kernels_cu/ under its name; matrix multiplies are cublasLt's. Everything is
+put on the current stream, and nothing waits for it.
+"""
+
+from collections.abc import Mapping
+
+from engine.device import cublaslt, cuda
+from engine.ops.cuda import (
+    adamw,
+    attention,
+    classifier,
+    embedding,
+    gelu,
+    guard,
+    layernorm,
+    linear,
+    norm,
+    sampling,
+    scalars,
+    scratch,
+)
+
+__all__ = [
+    "adamw",
+    "attention",
+    "classifier",
+    "embedding",
+    "gelu",
+    "guard",
+    "layernorm",
+    "linear",
+    "norm",
+    "sampling",
+    "scalars",
+]
+
+
+def unsupported(C: int, HS: int) -> str:
+    if HS not in attention.HEAD_SIZES:
+        sizes = ", ".join(map(str, attention.HEAD_SIZES))
+        return f"attention has kernels for heads of {sizes} channels, not of {HS}"
+    if layernorm.MAX_C < C:
+        return f"layernorm has kernels for up to {layernorm.MAX_C} channels, not {C}"
+    return ""
+
+
+def scratch_bytes(dims: Mapping[str, int]) -> int:
+    return scratch.most_bytes(dims) + cublaslt.WORKSPACE_BYTES
+
+
+def prepare(dims: Mapping[str, int], gelu_fusion: int) -> None:
+    """Takes the scratch memory. GELU is fused from Hopper on: before, cublasLt does it in a pass of its own, slowly."""
+    scratch.reserve(scratch.most_bytes(dims))
+    fastest = 2 if cuda.compute_capability() >= 90 else 0
+    linear.gelu_fusion = fastest if gelu_fusion == -1 else gelu_fusion

@@ -1,0 +1,60 @@
+"""Token and position embedding: see engine/ops/numpy/embedding.py."""
+
+from typing import Any
+
+import numpy as np
+
+from engine.device import kernels
+from engine.ops.cuda.scratch import blocks, scratch, variant
+
+Array = Any
+
+CHUNK = 64  # positions of a token that one block adds up, as in kernels_cu/embedding.cu
+
+
+def forward(out: Array, inp: Array, wte: Array, wpe: Array) -> None:
+    (B, T), (Vp, C), maxT = inp.shape, wte.shape, len(wpe)
+    grid = (blocks(out.size, 256 * 8),)
+    kernels.launch("embedding", "embedding_forward", grid, (256,), out, inp, wte, wpe, B, T, C, Vp, maxT)
+
+
+def backward(dwte: Array, dwpe: Array, dout: Array, inp: Array) -> None:
+    (B, T), (Vp, C), maxT, N = inp.shape, dwte.shape, len(dwpe), inp.size
+    rows = 2 * blocks(N, CHUNK)
+    count, start, cursor, unsorted, ordered, partial = scratch(
+        *[((Vp,), np.int32)] * 3, *[((N,), np.int32)] * 2, ((rows, C), np.float32)
+    )
+    grid, block = (blocks(N, 256),), (256,)
+    count.fill(0)
+    kernels.launch("embedding", "embedding_count", grid, block, count, inp, N, Vp)
+    kernels.launch("embedding", "embedding_starts", (1,), (1024,), start, cursor, count, Vp)
+    kernels.launch("embedding", "embedding_gather", grid, block, unsorted, cursor, inp, N, Vp)
+    kernels.launch("embedding", "embedding_rank", grid, block, ordered, unsorted, start, count, inp, N, Vp)
+
+    defines, threads = variant(dwte), min(blocks(C // 8, 32) * 32, 256)
+    sizes = N, C, Vp, rows
+    found = ordered, start, count, inp
+    kernels.launch(
+        "embedding",
+        "embedding_backward_wte",
+        (N,),
+        (threads,),
+        *(dwte, partial, dout, *found, *sizes),
+        defines=defines,
+    )
+    kernels.launch(
+        "embedding",
+        "embedding_backward_wte_chunks",
+        (N,),
+        (threads,),
+        *(dwte, partial, *found, *sizes),
+        defines=defines,
+    )
+    kernels.launch(
+        "embedding",
+        "embedding_backward_wpe",
+        (blocks(T * C, 256 * 8),),
+        (256,),
+        *(dwpe, dout, B, T, C, maxT),
+        defines=defines,
+    )

@@ -1,0 +1,63 @@
+"""Layer normalisation: see engine/ops/numpy/layernorm.py. N = B * T rows."""
+
+from typing import Any
+
+import numpy as np
+
+from engine.device import kernels
+from engine.ops.cuda.scratch import blocks, scratch, variant
+
+Array = Any
+
+EPS = 1e-5
+MOST_BLOCKS = 1024  # of backward: each leaves sums of 3 C numbers, to be added up
+FEWEST_ROWS = 8  # of a block
+
+
+def forward(out: Array, mean: Array, rstd: Array, inp: Array, weight: Array, bias: Array) -> None:
+    N, C = mean.size, weight.size
+    kernels.launch("layernorm", "layernorm_forward", (blocks(N, 8),), (256,), out, mean, rstd, inp, weight, bias, N, C)
+
+
+def backward(
+    dinp: Array,
+    dweight: Array,
+    dbias: Array,
+    dout: Array,
+    inp: Array,
+    weight: Array,
+    mean: Array,
+    rstd: Array,
+    dinp_sum: Array | None = None,
+) -> None:
+    N, C = mean.size, weight.size
+    rows = max(FEWEST_ROWS, blocks(N, MOST_BLOCKS))
+    count = blocks(N, rows)
+    packs = packs_per_thread(C)
+    threads = blocks(blocks(C // 8, packs), 32) * 32
+    (partial,) = scratch(((count, 3, C), np.float32))
+    defines = {"PACKS": packs} | variant(dweight)
+    kernels.launch(
+        "layernorm",
+        "layernorm_backward",
+        (count,),
+        (threads,),
+        *(dinp, partial, dout, inp, weight, mean, rstd, rows, count, N, C),
+        defines=defines,
+    )
+    kernels.launch(
+        "layernorm",
+        "layernorm_backward_sums",
+        (blocks(C, 32), 3),
+        (32, 32),
+        *(dweight, dbias, dinp_sum, partial, count, C),
+        defines=defines,
+    )
+
+
+def packs_per_thread(C: int) -> int:
+    """Packs of 8 channels that a thread of backward takes: registers allow 768 threads with one, 512 with two."""
+    return 1 if C <= 768 * 8 else 2
+
+
+MAX_C = 512 * 2 * 8

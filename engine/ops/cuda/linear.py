@@ -1,0 +1,90 @@
+"""Linear layers: see engine/ops/numpy/linear.py. N = B * T rows; the matrix multiplies are cublasLt's."""
+
+from typing import Any
+
+import numpy as np
+
+from engine.device import cublaslt, kernels
+from engine.ops.cuda import gelu
+from engine.ops.cuda.scratch import blocks, scratch, variant
+
+Array = Any
+
+# GELU inside the matrix multiply: 0 never, 1 in forward, 2 in backward too. What is fused sees fp32 where a pass of its
+# own sees bf16.
+gelu_fusion = 0
+
+MOST_BLOCKS = 128  # of rows, in the sums over them
+FEWEST_ROWS = 32  # of a block
+
+
+def forward(
+    out: Array,
+    inp: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    residual: Array | None = None,
+    pre_gelu: Array | None = None,
+) -> None:
+    """residual is the multiply's addend; with pre_gelu there is none."""
+    out, inp = _rows(out), _rows(inp)
+    skip, pre = None if residual is None else _rows(residual), None if pre_gelu is None else _rows(pre_gelu)
+    if pre is None:
+        cublaslt.matmul(out, inp, weight, transpose_b=True, add=skip, bias=bias)
+    elif gelu_fusion >= 1 and bias is not None:
+        cublaslt.matmul(out, inp, weight, transpose_b=True, add=skip, bias=bias, pre_gelu=pre)
+    else:
+        cublaslt.matmul(pre, inp, weight, transpose_b=True, add=skip, bias=bias)
+        gelu.forward(out, pre)
+
+
+def backward(
+    dinp: Array,
+    dweight: Array,
+    dbias: Array | None,
+    dout: Array,
+    inp: Array,
+    weight: Array,
+    *,
+    pre_gelu: Array | None = None,
+) -> None:
+    dout, dx, x = _rows(dout), _rows(dinp), _rows(inp)
+    fused = pre_gelu is not None and gelu_fusion >= 2
+    cublaslt.matmul(dx, dout, weight, dgelu=_rows(pre_gelu) if fused else None)
+    if pre_gelu is not None and not fused:
+        gelu.backward(dx, pre_gelu)
+    cublaslt.matmul(dweight, dout, x, transpose_a=True, add=dweight)
+    if dbias is not None:
+        _add_column_sums(dbias, dout)
+
+
+def _add_column_sums(dbias: Array, dout: Array) -> None:
+    """dbias (OC) += the column sums of dout (N,OC)."""
+    N, OC = dout.shape
+    rows = max(FEWEST_ROWS, blocks(N, MOST_BLOCKS))
+    count = blocks(N, rows)
+    (partial,) = scratch(((count, OC), np.float32))
+    defines = variant(dbias)
+    kernels.launch(
+        "linear",
+        "linear_column_sums",
+        (blocks(OC, 256), count),
+        (256,),
+        *(partial, dout, rows, count, N, OC),
+        defines=defines,
+    )
+    kernels.launch(
+        "linear",
+        "linear_add_column_sums",
+        (blocks(OC, 32),),
+        (32, 32),
+        *(dbias, partial, count, OC),
+        defines=defines,
+    )
+
+
+def _rows(x: Array) -> Array:
+    """x as a matrix (N, last dimension): a view."""
+    assert x.flags.c_contiguous
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,68 @@
+// Softmax, cross-entropy and its gradient, over logits whose last Vp - V columns are padding.
+//
+// losses  = log(sum_v(exp(logits))) - logits[target]
+// dlogits = (exp(logits) / sum_v(exp(logits)) - [v == target]) * dloss      0 in the padding
+#include <common.cuh>
+
+constexpr int THREADS = 1024;
+
+// The maximum of a row's first V logits, and the sum of exp(logit - maximum): one reading of the row.
+__device__ __forceinline__ void softmax_parts(float& top, float& total, const bf16* x, int V, int Vp) {
+    float my_top = -INF, my_total = 0.0f;
+    for (int v = threadIdx.x * PACK; v < Vp; v += THREADS * PACK) {
+        const Pack p = load(x + v);
+        float higher = my_top;
+        for (int i = 0; i < PACK; i++)
+            if (v + i < V) higher = fmaxf(higher, p.x[i]);
+        if (higher > my_top) my_total *= expf(my_top - higher);
+        my_top = higher;
+        for (int i = 0; i < PACK; i++)
+            if (v + i < V) my_total += expf(p.x[i] - my_top);
+    }
+    top = block_max(my_top);
+    // A thread that saw nothing but padding has the maximum -inf, whose exponential is 0, and nothing to add.
+    total = block_sum(my_total * expf(my_top - top));
+}
+
+// Each block takes a row.
+extern "C" __global__ void __launch_bounds__(THREADS) classifier_forward(
+    float* __restrict__ losses,       // (N)
+    const bf16* __restrict__ logits,  // (N,Vp)
+    const int* __restrict__ targets,  // (N)
+    int N, int V, int Vp) {
+    const bf16* x = logits + static_cast<size_t>(blockIdx.x) * Vp;
+    float top, total;
+    softmax_parts(top, total, x, V, Vp);
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + top - widen(x[targets[blockIdx.x]]);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) classifier_forward_backward(
+    float* __restrict__ losses,       // (N)
+    bf16* __restrict__ logits,        // (N,Vp)
+    const int* __restrict__ targets,  // (N)
+    int N, int V, int Vp, float dloss) {
+    bf16* x = logits + static_cast<size_t>(blockIdx.x) * Vp;
+    const int target = targets[blockIdx.x];
+    const float target_logit = widen(x[target]);
+    float top, total;
+    softmax_parts(top, total, x, V, Vp);  // its barriers stand between all reads of the target's logit and the writes
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + top - target_logit;
+    const float scale = 1.0f / total;
+    for (int v = threadIdx.x * PACK; v < Vp; v += THREADS * PACK) {
+        Pack p = load(x + v);
+        for (int i = 0; i < PACK; i++)
+            p.x[i] = v + i < V ? (expf(p.x[i] - top) * scale - (v + i == target)) * dloss : 0.0f;
+        store(x + v, p);
+    }
+}
+
+// mean += share * the mean of losses, in one block
+extern "C" __global__ void __launch_bounds__(THREADS) classifier_add_mean(
+    double* __restrict__ mean,         // ()
+    const float* __restrict__ losses,  // (N)
+    int N, double share) {
+    double sum = 0.0;
+    for (int n = threadIdx.x; n < N; n += THREADS) sum += losses[n];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) *mean += share * (sum / N);
+}

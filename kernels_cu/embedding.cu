@@ -1,0 +1,166 @@
+// Token and position embedding.
+//
+// forward   out[b,t] = wte[inp[b,t]] + wpe[t]
+// backward  dwte[v] += sum of dout[b,t] where inp[b,t] == v      dwpe[t] += sum_b(dout[b,t])
+//
+// The same token occurs at many positions. They are brought together, in ascending order, so that their gradients are
+// added in a fixed order: counting with integer atomics gives each token its place, and whatever order the positions
+// are put there in, ranking them among their like makes the order one. Then at most CHUNK positions are added up by a
+// block; what further blocks have of the same token goes through `partial`.
+//
+// variants: GRAD_FP32
+#include <common.cuh>
+
+extern "C" __global__ void embedding_forward(
+    bf16* __restrict__ out,        // (B,T,C)
+    const int* __restrict__ inp,   // (B,T)
+    const bf16* __restrict__ wte,  // (Vp,C)
+    const bf16* __restrict__ wpe,  // (maxT,C)
+    int B, int T, int C, int Vp, int maxT) {
+    const long long packs = static_cast<long long>(B) * T * C / PACK;
+    const long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= packs) return;
+    const long long n = i * PACK / C;
+    const int c = i * PACK % C, t = n % T;
+    Pack x = load(wte + static_cast<size_t>(inp[n]) * C + c);
+    const Pack p = load(wpe + static_cast<size_t>(t) * C + c);
+    for (int k = 0; k < PACK; k++) x.x[k] += p.x[k];
+    store(out + i * PACK, x);
+}
+
+extern "C" __global__ void embedding_count(
+    int* __restrict__ count,      // (Vp)
+    const int* __restrict__ inp,  // (N)
+    int N, int Vp) {
+    const int n = blockIdx.x * blockDim.x + threadIdx.x;
+    if (n < N) atomicAdd(&count[inp[n]], 1);
+}
+
+// start[v] = the sum of count[0] to count[v - 1], by one block; cursor = start.
+extern "C" __global__ void __launch_bounds__(1024) embedding_starts(
+    int* __restrict__ start,        // (Vp)
+    int* __restrict__ cursor,       // (Vp)
+    const int* __restrict__ count,  // (Vp)
+    int Vp) {
+    __shared__ int sums[1024];
+    const int stretch = (Vp + blockDim.x - 1) / blockDim.x;
+    const int begin = min(static_cast<int>(threadIdx.x) * stretch, Vp), end = min(begin + stretch, Vp);
+    int sum = 0;
+    for (int v = begin; v < end; v++) sum += count[v];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0)
+        for (int i = 1; i < blockDim.x; i++) sums[i] += sums[i - 1];
+    __syncthreads();
+    int before = threadIdx.x > 0 ? sums[threadIdx.x - 1] : 0;
+    for (int v = begin; v < end; v++) {
+        start[v] = cursor[v] = before;
+        before += count[v];
+    }
+}
+
+// unsorted = the positions by token, in any order among those of one token.
+extern "C" __global__ void embedding_gather(
+    int* __restrict__ unsorted,   // (N)
+    int* __restrict__ cursor,     // (Vp)
+    const int* __restrict__ inp,  // (N)
+    int N, int Vp) {
+    const int n = blockIdx.x * blockDim.x + threadIdx.x;
+    if (n < N) unsorted[atomicAdd(&cursor[inp[n]], 1)] = n;
+}
+
+// sorted = the positions by token, ascending among those of one token: a position's place is the number of smaller
+// ones.
+extern "C" __global__ void embedding_rank(
+    int* __restrict__ sorted,          // (N)
+    const int* __restrict__ unsorted,  // (N)
+    const int* __restrict__ start,     // (Vp)
+    const int* __restrict__ count,     // (Vp)
+    const int* __restrict__ inp,       // (N)
+    int N, int Vp) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= N) return;
+    const int n = unsorted[i], v = inp[n];
+    const int* like = unsorted + start[v];
+    int rank = 0;
+    for (int k = 0; k < count[v]; k++) rank += like[k] < n;
+    sorted[start[v] + rank] = n;
+}
+
+constexpr int CHUNK = 64;
+
+// Of the chunks of tokens with more than one chunk, at most two begin within CHUNK neighbours of `sorted`: the last one
+// of a token, and the first one of the next. They take these two rows of partial.
+__device__ __forceinline__ int partial_row(int i, bool first) { return i / CHUNK * 2 + first; }
+
+// A block for each position of `sorted`; it has work if a chunk begins there.
+extern "C" __global__ void embedding_backward_wte(
+    grad_t* __restrict__ dwte,       // (Vp,C)
+    float* __restrict__ partial,     // (rows,C)
+    const bf16* __restrict__ dout,   // (N,C)
+    const int* __restrict__ sorted,  // (N)
+    const int* __restrict__ start,   // (Vp)
+    const int* __restrict__ count,   // (Vp)
+    const int* __restrict__ inp,     // (N)
+    int N, int C, int Vp, int rows) {
+    const int i = blockIdx.x, v = inp[sorted[i]], within = i - start[v];
+    if (within % CHUNK) return;
+    const int members = min(CHUNK, count[v] - within);
+    for (int c = threadIdx.x * PACK; c < C; c += blockDim.x * PACK) {
+        Pack sum = {};
+        for (int k = 0; k < members; k++) {
+            const Pack p = load(dout + static_cast<size_t>(sorted[i + k]) * C + c);
+            for (int j = 0; j < PACK; j++) sum.x[j] += p.x[j];
+        }
+        if (count[v] > CHUNK) {
+            store(partial + static_cast<size_t>(partial_row(i, within == 0)) * C + c, sum);
+            continue;
+        }
+        grad_t* const out = dwte + static_cast<size_t>(v) * C + c;
+        const Pack before = load(out);
+        for (int j = 0; j < PACK; j++) sum.x[j] += before.x[j];
+        store(out, sum);
+    }
+}
+
+// The tokens of several chunks: a block for each position again, with work where the first chunk begins.
+extern "C" __global__ void embedding_backward_wte_chunks(
+    grad_t* __restrict__ dwte,          // (Vp,C)
+    const float* __restrict__ partial,  // (rows,C)
+    const int* __restrict__ sorted,     // (N)
+    const int* __restrict__ start,      // (Vp)
+    const int* __restrict__ count,      // (Vp)
+    const int* __restrict__ inp,        // (N)
+    int N, int C, int Vp, int rows) {
+    const int i = blockIdx.x, v = inp[sorted[i]];
+    if (i != start[v] || count[v] <= CHUNK) return;
+    for (int c = threadIdx.x * PACK; c < C; c += blockDim.x * PACK) {
+        grad_t* const out = dwte + static_cast<size_t>(v) * C + c;
+        const Pack before = load(out);
+        Pack sum = {};
+        for (int k = 0; k < count[v]; k += CHUNK) {
+            const Pack p = load(partial + static_cast<size_t>(partial_row(i + k, k == 0)) * C + c);
+            for (int j = 0; j < PACK; j++) sum.x[j] += p.x[j];
+        }
+        for (int j = 0; j < PACK; j++) sum.x[j] += before.x[j];
+        store(out, sum);
+    }
+}
+
+// A thread for each pack of dwpe's first T rows.
+extern "C" __global__ void embedding_backward_wpe(
+    grad_t* __restrict__ dwpe,      // (maxT,C)
+    const bf16* __restrict__ dout,  // (B,T,C)
+    int B, int T, int C, int maxT) {
+    const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * PACK;
+    const long long row = static_cast<long long>(T) * C;
+    if (i >= row) return;
+    Pack sum = {};
+    for (int b = 0; b < B; b++) {
+        const Pack p = load(dout + b * row + i);
+        for (int k = 0; k < PACK; k++) sum.x[k] += p.x[k];
+    }
+    const Pack before = load(dwpe + i);
+    for (int k = 0; k < PACK; k++) sum.x[k] += before.x[k];
+    store(dwpe + i, sum);
+}

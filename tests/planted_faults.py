@@ -1,0 +1,602 @@
+"""A test of the tests: faults that people make, planted one at a time in a copy of kernels_cu/. Are they noticed?
+
+    python -m tests.planted_faults [-k text]
+
+A fault is caught when a test fails, crashes or hangs. What survives is a hole in the tests, or no fault: then no test
+can tell, and it does not belong here. What a CPU can't show isn't here either: indices beyond 32 bits, bank conflicts,
+reads that fault on a GPU alone.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import repeat
+from pathlib import Path
+from typing import NamedTuple
+
+from tests import shim
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "kernels_cu"
+TIMEOUT = 60  # seconds after which a test is taken to hang
+CRASHES = {-number: number.name for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)}
+
+# The tests of each source, or of a function of it where fewer will do, as pytest's -k names them.
+TESTS = {
+    "adamw.cu": "test_adamw and not without",
+    "adamw.cu round_stochastically": "test_adamw_without",
+    "adamw.cu adamw_update_without_master": "test_adamw_without",
+    "attention.cu": "test_attention",
+    "classifier.cu": "test_classifier",
+    "embedding.cu": "test_embedding_backward",
+    "embedding.cu embedding_forward": "test_embedding_forward",
+    "gelu.cu": "test_gelu",
+    "guard.cu": "test_guard",
+    "layernorm.cu": "test_layernorm_backward",
+    "layernorm.cu layernorm_forward": "test_layernorm_forward",
+    "linear.cu": "test_linear_backward",
+    "norm.cu": "test_global_norm",
+    "philox.cuh": "test_adamw_without",
+    "sampling.cu": "test_sampling",
+    "scalars.cu": "test_total",
+}
+
+
+class Fault(NamedTuple):
+    """old -> new in a function of a source, where old must occur exactly once; function "": anywhere in the file."""
+
+    file: str
+    function: str
+    what: str
+    old: str
+    new: str
+    tests: str = ""  # where they aren't those of the source
+
+    @property
+    def selection(self) -> str:
+        return self.tests or TESTS.get(f"{self.file} {self.function}") or TESTS[self.file]
+
+
+class Result(NamedTuple):
+    """verdict: "caught", "hung", "crashed", "SURVIVED", or "ERROR" (of the table, or of the tests). by: the test."""
+
+    verdict: str
+    by: str
+
+    @property
+    def caught(self) -> bool:
+        return self.verdict in ("caught", "hung", "crashed")
+
+
+def _in(place: str, *faults: tuple[str, str, str], tests: str = "") -> Iterator[Fault]:
+    """The faults (what, old, new) at a place: "file function"."""
+    file, _, function = place.partition(" ")
+    yield from (Fault(file, function, *fault, tests) for fault in faults)
+
+
+WAIT = "        copy_async_wait<1>();\n"
+COPY_BARRIER = f"{WAIT}        __syncthreads();\n"
+STEP_BARRIER = "        __syncthreads();  // before the next step's copies overwrite what other warps still read\n"
+COMMIT = "        }\n        copy_async_commit();\n"
+COMMIT_INSIDE = "            copy_async_commit();\n        }\n"
+TRUNCATED = "for (float& y : x.x) y = __uint_as_float(__float_as_uint(y) & 0xffff0000u);\n    store(params + i, x)"
+
+FAULTS = (
+    *_in(
+        "attention.cu add_product_transposed",
+        ("only the first 16 channels of k", "lane % 8) * STRIDE + k +", "lane % 8) * STRIDE +"),
+        ("two fragments of b swapped", "af, bf[2], bf[3]", "af, bf[3], bf[2]"),
+    ),
+    *_in(
+        "attention.cu add_product",
+        ("the left half of a for the right one", "pack_bf16(right[0], right[1])", "pack_bf16(left[0], left[1])"),
+    ),
+    *_in(
+        "attention.cu load_rows",
+        ("one row too many is read", "first + row < T;", "first + row <= T;"),
+        ("rows beyond T are read", "const bool valid = first + row < T;", "const bool valid = true;"),
+    ),
+    *_in(
+        "attention.cu store_tile",
+        ("one row too many is written", "if (first + row < T)", "if (first + row <= T)"),
+        ("the last row is not written", "if (first + row < T)", "if (first + row < T - 1)"),
+        ("the first row's scale for both", "tile.x[n][3] * scale1", "tile.x[n][3] * scale0"),
+        ("__syncwarp missing", "    __syncwarp();\n    constexpr", "    constexpr"),
+    ),
+    *_in(
+        "attention.cu row_sum",
+        ("the sum of two lanes for that of four", "return x + __shfl_xor_sync(ALL_LANES, x, 2)", "return x"),
+    ),
+    *_in(
+        "attention.cu attention_forward",
+        ("the next batch at C for 3 C", "blockIdx.z * T * pitch", "blockIdx.z * T * C"),
+        ("scores not scaled", "LOG2E * rsqrtf(static_cast<float>(HS))", "LOG2E"),
+        ("a key for its value", "load_rows<ROWS>(v + next, head + 2 * C", "load_rows<ROWS>(v + next, head + C"),
+        ("this step's keys again", "head + C, pitch, (step + 1) * ROWS", "head + C, pitch, step * ROWS"),
+        ("the copies not waited for", "copy_async_wait<1>();", "copy_async_wait<2>();"),
+        ("the last copies not waited for", COMMIT, COMMIT_INSIDE),
+        ("no barrier behind the copies", COPY_BARRIER, WAIT),
+        ("no causal mask", "masked0 = step == last && key > query,", "masked0 = false,"),
+        ("a query does not see its own key", "key > query + 8;", "key >= query + 8;"),
+        ("the total not rescaled", "        total1 *= shrink1;\n", ""),
+        ("the output rescaled by the other row", "o.x[n][i + 2] *= shrink1", "o.x[n][i + 2] *= shrink0"),
+        ("lse in base 2", "top0 / LOG2E + logf(total0)", "top0 + log2f(total0)"),
+        ("lse of rows beyond T", "if (row + 8 < T)", "if (row < T)"),
+    ),
+    *_in(
+        "attention.cu attention_forward",
+        ("no barrier at a step's end", STEP_BARRIER, ""),
+        tests="test_attention and reversed",
+    ),
+    *_in(
+        "attention.cu attention_backward_d",
+        ("D as (B,T,NH)", "(static_cast<size_t>(b) * NH + h) * T + t", "i"),
+        (
+            "the last D missing",
+            "if (i >= static_cast<long long>(B) * T * NH)",
+            "if (i + 1 >= static_cast<long long>(B) * T * NH)",
+        ),
+    ),
+    *_in(
+        "attention.cu attention_backward_kv",
+        ("lse in the wrong base", "lse[statistics + query] * LOG2E : INF", "lse[statistics + query] : INF"),
+        ("lse beyond T", "query < T ? lse[statistics + query] * LOG2E : INF", "lse[statistics + query] * LOG2E"),
+        (
+            "the statistics of head 0",
+            "(static_cast<size_t>(blockIdx.z) * NH + blockIdx.y) * T;",
+            "static_cast<size_t>(blockIdx.z) * NH * T;",
+        ),
+        ("dout at 3 C for C", "dout_head, C, start, T", "dout_head, pitch, start, T"),
+        ("both halves in one", "load_queries(start + QUERY_STEP, half ^ 1)", "load_queries(start + QUERY_STEP, half)"),
+        ("no causal mask", "key > query ? 0.0f : probability", "false ? 0.0f : probability"),
+        ("D forgotten", "(ds.x[n][i + 2] - D_now)", "ds.x[n][i + 2]"),
+        ("dS for P in dv", "add_product(dv, p, dy_now)", "add_product(dv, ds, dy_now)"),
+        ("dk not scaled", "dk, scale, scale", "dk, 1.0f, 1.0f"),
+        ("dk and dv swapped", "k + warp * 16 * STRIDE, dk, scale, scale", "k + warp * 16 * STRIDE, dv, scale, scale"),
+        ("the copies not waited for", WAIT, ""),
+        ("no barrier behind the copies", COPY_BARRIER, WAIT),
+    ),
+    *_in(
+        "attention.cu attention_backward_kv",
+        ("no barrier at a step's end", STEP_BARRIER, ""),
+        tests="test_attention and reversed",
+    ),
+    *_in(
+        "attention.cu attention_backward_q",
+        ("every step masked as the first", "key = step * ROWS + tile_column(n)", "key = tile_column(n)"),
+        ("no causal mask", "key > row1 ? 0.0f : probability", "false ? 0.0f : probability"),
+        ("P for dS in dq", "add_product(dq, ds, k + now)", "add_product(dq, p, k + now)"),
+        ("the last copies not waited for", COMMIT, COMMIT_INSIDE),
+        ("no barrier behind the copies", COPY_BARRIER, WAIT),
+    ),
+    *_in(
+        "attention.cu attention_backward_q",
+        ("no barrier at a step's end", STEP_BARRIER, ""),
+        tests="test_attention and reversed",
+    ),
+    *_in(
+        "classifier.cu softmax_parts",
+        ("padding in the maximum", "if (v + i < V) higher", "higher"),
+        ("padding in the total", "if (v + i < V) my_total", "my_total"),
+        ("the total not rescaled", "if (higher > my_top) my_total *= expf(my_top - higher);", ""),
+        ("a maximum of at least 0", "float my_top = -INF", "float my_top = 0.0f"),
+        ("the threads' totals to different maxima", "my_total * expf(my_top - top)", "my_total"),
+    ),
+    *_in(
+        "classifier.cu classifier_forward",
+        ("the wrong row's target", "targets[blockIdx.x]", "targets[0]"),
+    ),
+    *_in(
+        "classifier.cu classifier_forward_backward",
+        (
+            "the target's logit read when it may be overwritten",
+            "logf(total) + top - target_logit",
+            "logf(total) + top - widen(x[target])",
+        ),
+        ("a gradient of padding", "v + i < V ?", "true ?"),
+        ("the target not subtracted", " - (v + i == target)", ""),
+        ("dloss ignored", "* dloss : 0.0f", ": 0.0f"),
+    ),
+    *_in(
+        "classifier.cu classifier_add_mean",
+        ("= for +=", "*mean += share", "*mean = share"),
+        ("the sum for the mean", "(sum / N)", "sum"),
+    ),
+    *_in(
+        "embedding.cu embedding_forward",
+        ("the position's embedding by batch", "t = n % T", "t = n / T"),
+        ("the tail", "if (i >= packs)", "if (i + 1 >= packs)"),
+    ),
+    *_in(
+        "embedding.cu embedding_starts",
+        (
+            "no barrier before the sums are read",
+            "sums[i] += sums[i - 1];\n    __syncthreads();",
+            "sums[i] += sums[i - 1];",
+        ),
+        ("a start that counts its own token", "threadIdx.x > 0 ? sums[threadIdx.x - 1] : 0", "sums[threadIdx.x]"),
+    ),
+    *_in(
+        "embedding.cu embedding_rank",
+        ("the positions left unsorted", "sorted[start[v] + rank] = n", "sorted[i] = n"),
+    ),
+    *_in(
+        "embedding.cu partial_row",
+        ("two chunks in one row of partial", "i / CHUNK * 2 + first", "i / CHUNK * 2"),
+    ),
+    *_in(
+        "embedding.cu embedding_backward_wte",
+        ("the last of a whole chunk lost", "min(CHUNK, count[v] - within)", "min(CHUNK - 1, count[v] - within)"),
+        ("a whole chunk for what is left", "min(CHUNK, count[v] - within)", "CHUNK"),
+        ("exactly one chunk goes to partial", "if (count[v] > CHUNK)", "if (count[v] >= CHUNK)"),
+        ("= for +=", "        for (int j = 0; j < PACK; j++) sum.x[j] += before.x[j];\n", ""),
+    ),
+    *_in(
+        "embedding.cu embedding_backward_wte_chunks",
+        ("exactly one chunk taken for several", "count[v] <= CHUNK", "count[v] < CHUNK"),
+        ("the last chunk lost", "k < count[v]; k += CHUNK", "k + CHUNK <= count[v]; k += CHUNK"),
+        ("= for +=", "        for (int j = 0; j < PACK; j++) sum.x[j] += before.x[j];\n", ""),
+    ),
+    *_in(
+        "embedding.cu embedding_backward_wpe",
+        ("= for +=", "    for (int k = 0; k < PACK; k++) sum.x[k] += before.x[k];\n", ""),
+        ("the first batch alone", "dout + b * row + i", "dout + i"),
+    ),
+    *_in(
+        "gelu.cu tanh_u",
+        ("no square in the cube", "CUBIC * x * x", "CUBIC * x"),
+    ),
+    *_in(
+        "gelu.cu gelu_forward",
+        ("the half missing", "x = 0.5f * x *", "x = x *"),
+        ("a thread too many", "if (i >= n)", "if (i > n)"),
+    ),
+    *_in(
+        "gelu.cu gelu_backward",
+        ("the 3 of the cube's slope missing", "1.0f + 3.0f * CUBIC", "1.0f + CUBIC"),
+        ("tanh not squared in its slope", "1.0f - t * t", "1.0f - t"),
+        ("= for *=", "d.x[k] *=", "d.x[k] ="),
+    ),
+    *_in(
+        "guard.cu score",
+        ("no barrier behind the new value", "    __syncthreads();\n    const double mine", "    const double mine"),
+        ("NaN enters the window", '    if (!isfinite(value)) return nan("");', "   "),
+        ("a score one step late", "seen < WINDOW", "seen <= WINDOW"),
+        ("the next place in the window", "window[seen % WINDOW]", "window[(seen + 1) % WINDOW]"),
+        ("the sample's deviation", "(mine - mean)) / WINDOW", "(mine - mean)) / (WINDOW - 1)"),
+        (
+            "a division by a deviation of 0",
+            "deviation > 0.0 ? (value - mean) / deviation : 0.0",
+            "(value - mean) / deviation",
+        ),
+    ),
+    *_in(
+        "guard.cu guard_decide",
+        ("the norm not taken the root of", "sqrt(*norm_squared)", "*norm_squared"),
+        ("clip upside down", "max_norm / x", "x / max_norm"),
+        ("an infinite norm not skipped", "isfinite(*loss) && isfinite(x)", "isfinite(*loss)"),
+        ("the norm's score held to the loss's limit", "norm_score > max_norm_z", "norm_score > max_loss_z"),
+    ),
+    *_in(
+        "layernorm.cu layernorm_forward",
+        ("mean for rstd", "rstd[n] = r", "rstd[n] = m"),
+        ("EPS forgotten", "/ C + EPS", "/ C"),
+        ("the sample's variance", "warp_sum(squares) / C", "warp_sum(squares) / (C - 1)"),
+        (
+            "the variance as a difference of large numbers",
+            "squares += (p.x[i] - m) * (p.x[i] - m);\n    }",
+            "squares += p.x[i] * p.x[i];\n    }\n    squares -= C / WARP * m * m + (lane < C % WARP ? m * m : 0.0f);",
+        ),
+        ("a row too many", "if (n >= N) return", "if (n > N) return"),
+        ("the bias forgotten", "* w.x[i] + b.x[i]", "* w.x[i]"),
+    ),
+    *_in(
+        "layernorm.cu layernorm_backward",
+        ("= for += in dinp", "dx.x[i] += r * (g", "dx.x[i] = r * (g"),
+        ("the last row of a block lost", "(blockIdx.x + 1) * rows, N)", "(blockIdx.x + 1) * rows - 1, N)"),
+        ("rows beyond N", "min((blockIdx.x + 1) * rows, N)", "(blockIdx.x + 1) * rows"),
+        ("the mean of g not subtracted", "(g[k].x[i] - g_sum -", "(g[k].x[i] -"),
+        ("a sum for a mean", "g_xhat_sum = block_sum(g_xhat_sum) / C", "g_xhat_sum = block_sum(g_xhat_sum)"),
+        ("dweight without xhat", "dy.x[i] * xhat[k].x[i];\n                dbias", "dy.x[i];\n                dbias"),
+        ("= for += in dbias", "dbias[k].x[i] += dy.x[i]", "dbias[k].x[i] = dy.x[i]"),
+        (
+            "the sum of what was not rounded yet",
+            "            dx = load(dinp + row + c);  // as rounded: what everyone else sees\n",
+            "",
+        ),
+        ("the sums swapped", "store(mine + C, dbias[k])", "store(mine + C, dsum[k])"),
+        (
+            "a thread's second pack overlaps its first",
+            "(threadIdx.x + k * blockDim.x) * PACK;\n            const Pack dy",
+            "(threadIdx.x + k) * PACK;\n            const Pack dy",
+        ),
+    ),
+    *_in(
+        "layernorm.cu layernorm_backward_sums",
+        ("rows of partial at C for 3 C", "blocks, 3 * C, C", "blocks, C, C"),
+    ),
+    *_in(
+        "layernorm.cu layernorm_backward_sums",
+        ("a null gradient written to", "if (out) add", "add"),
+        tests="test_layernorm_backward and False",
+    ),
+    *_in(
+        "linear.cu linear_column_sums",
+        ("no barrier before the warps' sums are read", "    __syncthreads();\n", ""),
+        ("a warp's sum lost", "w < WARPS", "w < WARPS - 1"),
+        ("the last row of a block lost", "(blockIdx.y + 1) * rows, N)", "(blockIdx.y + 1) * rows - 1, N)"),
+        ("all blocks in one row of partial", "partial + static_cast<size_t>(blockIdx.y) * OC", "partial"),
+        ("the second 256 columns", "(blockIdx.x * WARP + lane) * PACK", "lane * PACK"),
+    ),
+    *_in(
+        "linear.cu linear_add_column_sums",
+        ("the last block's sums lost", "partial, blocks, OC", "partial, blocks - 1, OC"),
+    ),
+    *_in(
+        "norm.cu norm_squared",
+        ("sizes for squares", "sum += x * x", "sum += fabsf(x)"),
+        ("= for +=", "sum += x * x", "sum = x * x"),
+        ("blocks that overlap", "min(start + per_block, n)", "n"),
+        ("threads that overlap", "i += blockDim.x * PACK", "i += blockDim.x"),
+        ("the first thread's sum for the block's", "block_sum(static_cast<double>(sum))", "sum"),
+    ),
+    *_in(
+        "sampling.cu weight",
+        ("the temperature ignored", " / temperature", ""),
+    ),
+    *_in(
+        "sampling.cu sampling_sample",
+        ("rows at V for Vp", "static_cast<size_t>(blockIdx.x) * Vp", "static_cast<size_t>(blockIdx.x) * V"),
+        ("the tail of the vocabulary", "(V + THREADS - 1) / THREADS", "V / THREADS"),
+        ("padding can be drawn", "min(begin + stretch, V)", "min(begin + stretch, Vp)"),
+        ("one coin for all", "coin[blockIdx.x]", "coin[0]"),
+        (
+            "no barrier before the sums are added",
+            "found = V - 1;  // rounding can leave the last sum at or below the coin\n    __syncthreads();",
+            "found = V - 1;",
+        ),
+        (
+            "no barrier behind the sums",
+            "    __syncthreads();\n\n    const double threshold",
+            "\n    const double threshold",
+        ),
+        (
+            "no barrier before the token is read",
+            "    __syncthreads();\n    if (threadIdx.x == 0) out",
+            "    if (threadIdx.x == 0) out",
+        ),
+        ("of equals the last", "                break;\n", ""),
+        ("at the coin, not beyond it", "if (before > threshold)", "if (before >= threshold)"),
+    ),
+    *_in(
+        "scalars.cu scalars_total",
+        ("the divisor ignored", "sum / divisor", "sum"),
+        ("256 numbers at most", "for (int i = threadIdx.x; i < n; i += blockDim.x)", "if (int i = threadIdx.x; i < n)"),
+        ("the last number lost", "i < n;", "i < n - 1;"),
+    ),
+    *_in(
+        "adamw.cu update",
+        ("clip ignored", "clip * grads.x[i]", "grads.x[i]"),
+        ("the gradient not squared", "(1.0f - beta2) * g * g", "(1.0f - beta2) * g"),
+        ("beta1 for beta2", "beta2 * v.x[i]", "beta1 * v.x[i]"),
+        ("m not decayed", "beta1 * m.x[i]", "m.x[i]"),
+        ("no weight decay", "keep * master.x[i]", "master.x[i]"),
+        ("the step's size, and with it the bias corrections, ignored", "- step_size * (m", "- (m"),
+        ("epsilon ignored", "(sqrtf(v.x[i]) + epsilon)", "sqrtf(v.x[i])"),
+        ("epsilon under the root", "(sqrtf(v.x[i]) + epsilon)", "sqrtf(v.x[i] + epsilon)"),
+    ),
+    *_in(
+        "adamw.cu adamw_update",
+        ("skip ignored", " || *skip != 0.0", ""),
+        tests="test_adamw_skips",
+    ),
+    *_in(
+        "adamw.cu adamw_update",
+        ("a thread too many", "if (i >= n ||", "if (i > n ||"),
+        ("parameters rounded down", "store(params + i, x)", TRUNCATED),
+        ("v not kept", "    store(v + i, vi);\n", ""),
+    ),
+    *_in(
+        "adamw.cu round_stochastically",
+        ("never up", "(bits + random)", "bits"),
+        ("NaN rounded as a number", "return finite ?", "return true ?"),
+    ),
+    *_in(
+        "adamw.cu adamw_update_without_master",
+        ("skip ignored", " || *skip != 0.0", ""),
+        tests="test_adamw_skips",
+    ),
+    *_in(
+        "adamw.cu adamw_update_without_master",
+        ("the same random bits for two elements", " >> (k % 2 * 16)", ""),
+        ("random bits of another word", "random.x[k / 2]", "random.x[k % 4]"),
+        ("the same random bits in every buffer", "(first + i) / PACK", "i / PACK"),
+        ("the counter's high word", "static_cast<unsigned>(index >> 32)", "0"),
+        ("seed and t swapped", "stream, 0, seed, t)", "stream, 0, t, seed)"),
+    ),
+    *_in(
+        "philox.cuh philox",
+        ("9 rounds", "round < 10", "round < 9"),
+        ("the key not stepped", "        k1 += 0xbb67ae85u;\n", ""),
+    ),
+    *_in(
+        "common.cuh",
+        ("gradients fp32 for bf16", "#ifdef GRAD_FP32", "#ifndef GRAD_FP32"),
+        tests="test_linear_backward",
+    ),
+    *_in(
+        "common.cuh",
+        ("an odd element keeps its neighbour's bits", "words[i] & 0xffff0000u", "words[i]"),
+        tests="test_adamw and not without",
+    ),
+    *_in(
+        "common.cuh",
+        ("two elements swapped in memory", "pack_bf16(x[6], x[7])", "pack_bf16(x[7], x[6])"),
+        tests="test_gelu",
+    ),
+    *_in(
+        "common.cuh narrow",
+        ("bf16 rounded down", "static_cast<unsigned short>(pack_bf16(x, 0.0f))", "__float_as_uint(x) >> 16"),
+        tests="test_linear_backward",
+    ),
+    *_in(
+        "common.cuh warp_sum",
+        ("the sum of half a warp", "WARP / 2", "WARP / 4"),
+        tests="test_layernorm_forward",
+    ),
+    *_in(
+        "common.cuh warp_max",
+        ("the maximum of half a warp", "WARP / 2", "WARP / 4"),
+        tests="test_classifier",
+    ),
+    *_in(
+        "common.cuh block_sum",
+        ("a warp's sum lost", "blockDim.x / WARP ?", "blockDim.x / WARP - 1 ?"),
+        ("no barrier before the reads", "partial[warp] = x;\n    __syncthreads();", "partial[warp] = x;"),
+        ("no barrier behind the reads", "T(0));\n    __syncthreads();", "T(0));"),
+        tests="test_layernorm_backward",
+    ),
+    *_in(
+        "common.cuh block_max",
+        ("no barrier before the reads", "partial[warp] = x;\n    __syncthreads();", "partial[warp] = x;"),
+        tests="test_classifier",
+    ),
+    *_in(
+        "common.cuh block_max",
+        ("a maximum of at least 0", "partial[lane] : -INF", "partial[lane] : 0.0f"),
+        tests="test_sampling",
+    ),
+    *_in(
+        "common.cuh add_column_sums",
+        ("no barrier before the warps' sums are read", "    __syncthreads();\n", ""),
+        ("= for +=", "widen(out[column]) + total", "total"),
+        ("a warp's sum lost", "warp = 0; warp < WARP", "warp = 1; warp < WARP"),
+        tests="test_linear_backward",
+    ),
+    *_in(
+        "common.cuh add_column_sums",
+        (
+            "32 rows at most",
+            "for (int row = threadIdx.y; row < rows; row += WARP)",
+            "if (int row = threadIdx.y; row < rows)",
+        ),
+        tests="test_layernorm_backward",
+    ),
+)
+
+
+def planted(source: str, fault: Fault) -> str:
+    """The source with the fault in it. Raises ValueError if the place is not there, or not just one."""
+    begin, end = 0, len(source)
+    if fault.function:
+        definitions = list(re.finditer(rf"^(?!//|#)\S.*\b{fault.function}\(", source, re.MULTILINE))
+        if not definitions:
+            raise ValueError(f"{fault.file} has no function {fault.function}")
+        begin, end = definitions[0].start(), source.index("\n}", definitions[0].start())
+    count = source.count(fault.old, begin, end)
+    if count != 1:
+        raise ValueError(f"{fault.file}, {fault.function}: {fault.old!r} occurs {count} times")
+    at = source.index(fault.old, begin, end)
+    return source[:at] + fault.new + source[at + len(fault.old) :]
+
+
+def pytest_configure() -> None:
+    """This file is a plugin of the runs: there is more to compile than to compute."""
+    shim.FLAGS = tuple("-O0" if flag == "-O2" else flag for flag in shim.FLAGS)
+
+
+def run_tests(selection: str, folder: Path) -> Result:
+    """The CPU tests with these names, of the kernels in folder / kernels_cu."""
+    # Compiled libraries go where they vanish again; pytest's plugins take longer to load than most tests to run;
+    # numpy's threads would only stand in each other's way.
+    env = {"BACKHAND_KERNELS": f"{folder}/kernels_cu", "TMPDIR": f"{folder}", "OPENBLAS_NUM_THREADS": "1"}
+    env |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "", "COLUMNS": "200"}
+    plugins = ("--noconftest", "-p", "no:cacheprovider", "-p", "tests.planted_faults")
+    options = ("-x", "-q", "--tb=short", "-m", "not gpu", "-k", selection)
+    command = [sys.executable, "-m", "pytest", *plugins, *options, "tests/test_cuda_ops.py"]
+    try:
+        run = subprocess.run(
+            command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Result("hung", f"{TIMEOUT} s")
+    return judge(run.returncode, run.stdout, run.stderr)
+
+
+def judge(code: int, out: str, err: str) -> Result:
+    """What a run of pytest says of the fault."""
+    if code == 0:
+        return Result("SURVIVED", "")
+    if code in CRASHES:
+        return Result("crashed", CRASHES[code])
+    if code != 1:
+        return Result("ERROR", f"pytest exits with {code}: {(out + err)[-1000:]}")
+    if f"ShimError: {shim.COMPILER} " in out:
+        return Result("ERROR", f"does not compile: {out[-2000:]}")
+    found = re.search(r"^(?:FAILED|ERROR) \S+::(\S+)", out, re.MULTILINE)
+    return Result("caught", found[1]) if found else Result("ERROR", f"no test failed: {out[-1000:]}")
+
+
+@contextmanager
+def copied_kernels() -> Iterator[Path]:
+    """A temporary folder with kernels_cu/ in it."""
+    with tempfile.TemporaryDirectory(prefix="backhand-fault-") as folder:
+        shutil.copytree(KERNELS, f"{folder}/kernels_cu")
+        yield Path(folder)
+
+
+def try_fault(fault: Fault) -> Result:
+    with copied_kernels() as folder:
+        source = folder / "kernels_cu" / fault.file
+        try:
+            source.write_text(planted(source.read_text(), fault))
+        except ValueError as error:
+            return Result("ERROR", str(error))
+        return run_tests(fault.selection, folder)
+
+
+def run(faults: Sequence[Fault]) -> list[Result]:
+    """A result for each fault, as many at a time as there are cores.
+
+    Raises RuntimeError if the tests do not pass without any.
+    """
+    selections = sorted({fault.selection for fault in faults})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with copied_kernels() as folder:
+            for selection, result in zip(selections, pool.map(run_tests, selections, repeat(folder)), strict=True):
+                if result.verdict != "SURVIVED":
+                    raise RuntimeError(f"the tests -k {selection!r} fail without any fault: {': '.join(result)}")
+        return list(pool.map(try_fault, faults))
+
+
+def table(faults: Sequence[Fault], results: Sequence[Result]) -> str:
+    """A line for each fault, and how many were caught."""
+    lines = [
+        f"{f'{fault.file} {fault.function}':<45} {fault.what:<60} {result.verdict} {result.by}".rstrip()
+        for fault, result in zip(faults, results, strict=True)
+    ]
+    return "\n".join([*lines, f"{sum(result.caught for result in results)} of {len(results)} caught"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Plant faults in the kernels, and count those that the tests catch.")
+    parser.add_argument("-k", default="", metavar="text", help="only faults with this in file, function or words")
+    text = parser.parse_args().k
+    faults = [fault for fault in FAULTS if text in " ".join(fault[:3])]
+    start = time.monotonic()
+    results = run(faults)
+    print(table(faults, results), f"in {time.monotonic() - start:.0f} s")
+    return 0 if faults and all(result.caught for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""CUDA kernels on the CPU: .cu files compiled as they are by g++, every CUDA thread a fiber (cuda_on_cpu.h).
+
+It shows what a kernel computes, and races and deadlocks that a GPU shows now and then; not how fast it is.
+"""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ORDERS = ("forward", "reversed", "shuffled")
+HERE = Path(__file__).parent
+COMPILER = "g++"
+FLAGS = (
+    *("-std=c++17", "-O2", "-w", "-fPIC", "-ffp-contract=off"),
+    "-fno-strict-aliasing",  # kernels read 16 bytes of bf16 as a uint4
+    "-fsanitize=alignment,bounds",  # a GPU traps on the first; what is found comes back through cuda_on_cpu.h
+    "-U_FORTIFY_SOURCE",  # longjmp to another stack is not an error here
+    # Two libraries may have variables of the same name: each must keep its own.
+    *("-fvisibility=hidden", "-fno-gnu-unique"),
+)
+
+_order = 0
+
+
+class ShimError(RuntimeError):
+    """A source that does not compile, or a launch that failed."""
+
+
+def set_order(order: str) -> None:
+    """The order in which blocks, warps and lanes take turns in all launches that follow."""
+    global _order
+    _order = ORDERS.index(order)
+
+
+class ShimModule:
+    """A .cu file compiled for this process."""
+
+    def __init__(
+        self, source: Path, defines: Mapping[str, str], include: Sequence[Path], kernels: Mapping[str, Sequence[str]]
+    ):
+        """kernels: the name of each extern "C" __global__ kernel -> its C parameter types in order."""
+        paths = [argument for path in (HERE, *include) for argument in ("-I", str(Path(path).resolve()))]
+        macros = [f"-D{name}={value}" for name, value in defines.items()]
+        text = f'#include "{Path(source).resolve()}"\n' + "".join(_trampoline(*kernel) for kernel in kernels.items())
+        self.library = ctypes.PyDLL(str(_compile(text, [*FLAGS, *macros, *paths, "-include", "cuda_on_cpu.h"])))
+        self.sizes = {
+            name: list((ctypes.c_uint * len(types)).in_dll(self.library, f"shim_sizes_{name}"))
+            for name, types in kernels.items()
+        }
+
+    def launch(
+        self, name: str, grid: tuple[int, int, int], block: tuple[int, int, int], shared_bytes: int, args: Sequence[Any]
+    ) -> None:
+        """args: numpy arrays, of which the address is passed, or numpy scalars of the parameter's size."""
+        sizes = self.sizes[name]
+        if len(args) != len(sizes):
+            raise ShimError(f"{name} takes {len(sizes)} arguments, not {len(args)}")
+        values = [_value(name, i, arg, size) for i, (arg, size) in enumerate(zip(args, sizes, strict=True))]
+        addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        function = getattr(self.library, f"shim_launch_{name}")
+        function.restype = ctypes.c_char_p
+        triple = ctypes.c_uint * 3
+        error = function(triple(*grid), triple(*block), ctypes.c_size_t(shared_bytes), _order, addresses)
+        if error:
+            raise ShimError(error.decode())
+
+
+def _value(name: str, i: int, arg: Any, size: int) -> np.ndarray:
+    """The parameter's bytes."""
+    if isinstance(arg, np.ndarray):
+        if not arg.flags.c_contiguous:
+            raise ShimError(f"{name}: argument {i} is not contiguous")
+        arg = np.uintp(arg.ctypes.data)
+    if not isinstance(arg, np.generic):
+        raise ShimError(f"{name}: argument {i} is neither a numpy array nor a numpy scalar: {arg!r}")
+    if arg.itemsize != size:
+        raise ShimError(f"{name}: argument {i} has {arg.itemsize} bytes, the parameter {size}")
+    return np.asarray(arg)
+
+
+def _trampoline(name: str, types: Sequence[str]) -> str:
+    """What launch calls: takes the arguments out of void** and hands the kernel to the shim."""
+    values = ", ".join(f"*static_cast<{kind}*>(args[{i}])" for i, kind in enumerate(types))
+    export = 'extern "C" __attribute__((visibility("default")))'
+    return f"""
+static_assert(std::is_same_v<decltype(&{name}), void (*)({", ".join(types)})>, "{name} has other parameters");
+{export} unsigned shim_sizes_{name}[] = {{{"".join(f"sizeof({kind}), " for kind in types)}0}};
+{export} const char* shim_launch_{name}(unsigned* grid, unsigned* block, size_t bytes, int order, void** args) {{
+    return shim::launch("{name}", grid, block, bytes, order, args, [](void** args) {{ {name}({values}); }});
+}}
+"""
+
+
+def _compile(text: str, flags: Sequence[str]) -> Path:
+    """The library, compiled unless the same source with the same flags has been before."""
+    preprocessed = _run([COMPILER, *flags, "-E", "-x", "c++", "-"], text.encode())
+    digest = hashlib.sha256("\0".join(flags).encode() + preprocessed).hexdigest()
+    folder = Path(tempfile.gettempdir()) / f"backhand-shim-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / f"{digest}.so"
+    if not library.exists():
+        # Under another name first: two processes may do so at once.
+        partial = folder / f"{digest}.{os.getpid()}.so"
+        options = [flag for flag in flags if flag.startswith(("-f", "-O", "-std", "-w"))]
+        _run([COMPILER, *options, "-shared", "-x", "c++-cpp-output", "-", "-o", str(partial)], preprocessed)
+        partial.replace(library)
+    return library
+
+
+def _run(command: Sequence[str], text: bytes) -> bytes:
+    result = subprocess.run(command, input=text, capture_output=True, check=False)
+    if result.returncode:
+        raise ShimError(f"{' '.join(command)}\n{result.stderr.decode(errors='replace')}")
+    return result.stdout

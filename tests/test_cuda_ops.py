@@ -1,0 +1,609 @@
+"""Every CUDA operation against its numpy twin, within counted roundings: on a GPU, and by the shim on the CPU.
+
+On the CPU the matrix multiplies are numpy's; everything else is what runs on a GPU, from the same sources.
+"""
+
+import math
+import os
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_limits
+
+from engine import ops
+from engine.ops.cuda import scratch
+from engine.ops.numpy import rounding
+from tests.twins import BF16, EPS16, EPS32, F32, assert_within, on, rounded, stored, sum_error
+
+CUDA, EXACT = ops.load("cuda"), ops.load("numpy")
+RNG = np.random.default_rng(0)
+CPU_ORDERS = ("forward", "reversed", "shuffled")
+
+
+@pytest.fixture(params=[*CPU_ORDERS, pytest.param("gpu", marks=pytest.mark.gpu)])
+def twin(request):
+    # The float64 side of large sizes is worth all cores; the engine keeps BLAS to one thread otherwise.
+    with on(request.param) as device, threadpool_limits(os.cpu_count() if device.on_gpu else 1, user_api="blas"):
+        # Scratch memory begins as NaN, whatever it is taken for, or -1: what is read there must have been written.
+        scratch._buffer = device.put(np.full(1 << 20, 0xFF), np.uint8)
+        yield device
+
+
+@pytest.fixture
+def sizes(twin):
+    """Chooses among sizes: the first are for the CPU too, the others, after None, for a GPU.
+
+    Those are left out where $SMALL_SIZES is set: compute-sanitizer makes everything a hundred times slower.
+    """
+
+    def choose(*groups):
+        cut = groups.index(None)
+        return groups[:cut] + (groups[cut + 1 :] if twin.on_gpu and not os.environ.get("SMALL_SIZES") else ())
+
+    return choose
+
+
+def normal(*shape, scale=1.0):
+    return RNG.normal(size=shape) * scale
+
+
+def tokens(V, *shape):
+    return RNG.integers(0, V, shape).astype(np.int32)
+
+
+GRAD_DTYPES = [pytest.param(BF16, id="bf16"), pytest.param(F32, id="fp32")]
+
+
+def test_embedding_forward(twin, sizes):
+    for B, T, C, V in sizes((1, 1, 8, 3), (2, 5, 24, 7), None, (4, 1000, 1600, 50304)):
+        inp, wte, wpe = tokens(V, B, T), normal(V, C), normal(T + 3, C)
+        out = twin.nan(B, T, C)
+        CUDA.embedding.forward(out, twin.put(inp, np.int32), twin.put(wte), twin.put(wpe))
+        exact = rounded(wte)[inp] + rounded(wpe)[:T]
+        assert_within(twin.get(out), exact, stored(exact, EPS32 * np.abs(exact), BF16), "out")
+
+
+@pytest.mark.parametrize("dtype", GRAD_DTYPES)
+def test_embedding_backward(twin, sizes, dtype):
+    """Tokens at one position, at as many as a chunk has, at one more, at several chunks; one that never occurs."""
+    ragged = np.repeat([3, 0, 5, 1, 6], [65, 64, 130, 1, 40]).astype(np.int32)
+    text = np.minimum(RNG.zipf(1.3, (16, 1024)) - 1, 50256).astype(np.int32)
+    same = np.full((2, 70), 4, np.int32)
+    cases = sizes(
+        (np.zeros((1, 1), np.int32), 8, 2),
+        (RNG.permutation(ragged).reshape(2, 150), 24, 7),
+        (same, 8, 5),
+        None,
+        (text, 768, 50304),
+        (np.full((64, 1024), 17, np.int32), 64, 128),
+        (tokens(50257, 1, 1000), 1600, 50304),
+    )
+    for inp, C, V in cases:
+        (B, T), dout = inp.shape, normal(*inp.shape, C)
+        before_e, before_p = normal(V, C), normal(T + 2, C)
+        dwte, dwpe = twin.put(before_e, dtype), twin.put(before_p, dtype)
+        CUDA.embedding.backward(dwte, dwpe, twin.put(dout), twin.put(inp, np.int32))
+
+        def sums(dout, before_e, before_p, inp=inp):
+            e, p = before_e.copy(), before_p.copy()
+            EXACT.embedding.backward(e, p, dout, inp)
+            return e, p
+
+        args = rounded(dout), rounded(before_e, dtype), rounded(before_p, dtype)
+        size_e, size_p = sums(*map(np.abs, args))
+        exact_e, exact_p = sums(*args)
+        most = np.bincount(inp.ravel()).max()
+        assert_within(twin.get(dwte), exact_e, stored(exact_e, sum_error(most + 1) * size_e, dtype), "dwte")
+        assert_within(twin.get(dwpe), exact_p, stored(exact_p, sum_error(B + 1) * size_p, dtype), "dwpe")
+
+
+@pytest.mark.parametrize("dtype", GRAD_DTYPES)
+@pytest.mark.parametrize("orders", [CPU_ORDERS, pytest.param(("gpu",) * 10, marks=pytest.mark.gpu)])
+def test_embedding_backward_has_one_order(orders, dtype):
+    """Whatever order threads come in, a token's gradients are added in that of its positions: the same bits."""
+    (B, T), C, V = (2, 300), 8, 4
+    inp, dout = tokens(V, B, T), normal(B, T, C) * 2.0 ** RNG.integers(-12, 12, (B, T, C))
+    results = []
+    for order in orders:
+        with on(order) as twin:
+            dwte, dwpe = twin.put(np.zeros((V, C)), dtype), twin.put(np.zeros((T, C)), dtype)
+            CUDA.embedding.backward(dwte, dwpe, twin.put(dout), twin.put(inp, np.int32))
+            results.append((twin.get(dwte), twin.get(dwpe)))
+    for other in results[1:]:
+        for first, again in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(again, first)
+
+
+def layernorm_statistics(inp):
+    mean = inp.mean(axis=-1)
+    return mean, 1 / np.sqrt(inp.var(axis=-1) + 1e-5)
+
+
+def test_layernorm_forward(twin, sizes):
+    for B, T, C in sizes((1, 1, 8), (3, 7, 40), (1, 9, 768), None, (1, 1000, 1600), (8, 1024, 768), (1, 3, 8192)):
+        inp, weight, bias = normal(B, T, C) * 3 + 1, normal(C) + 1, normal(C)
+        out, mean, rstd = twin.nan(B, T, C), twin.nan(B, T, dtype=F32), twin.nan(B, T, dtype=F32)
+        CUDA.layernorm.forward(out, mean, rstd, *(twin.put(x) for x in (inp, weight, bias)))
+        x, w, b = rounded(inp), rounded(weight), rounded(bias)
+        m, r = layernorm_statistics(x)
+        centred = np.abs(x - m[..., None])
+        # The mean is a sum of C terms; the variance too, of squares of differences that the mean's error has shifted.
+        mean_error = sum_error(C) * np.abs(x).mean(axis=-1) + EPS32 * np.abs(m)
+        var_error = (centred * (mean_error[..., None] + EPS32 * centred)).mean(axis=-1) * 2 + sum_error(C) / r**2
+        rstd_error = 0.5 * var_error * r**3 + 4 * EPS32 * r
+        assert_within(twin.get(mean), m, mean_error + EPS32 * np.abs(m), "mean")
+        assert_within(twin.get(rstd), r, rstd_error, "rstd")
+        exact = (x - m[..., None]) * r[..., None] * w + b
+        before = np.abs(w) * (
+            r[..., None] * (mean_error[..., None] + 4 * EPS32 * centred) + centred * rstd_error[..., None]
+        ) + EPS32 * (np.abs(exact) + np.abs(b))
+        assert_within(twin.get(out), exact, stored(exact, before, BF16), "out")
+
+
+def test_layernorm_forward_of_rows_that_hardly_vary(twin):
+    """Of equal values EPS alone is the variance; of neighbours in bf16 it is not lost beside the mean's square."""
+    C = 24
+    inp, bias = np.stack([np.full(C, 1.5), np.where(np.arange(C) % 3, 256.0, 258.0)])[None], normal(C)
+    out, mean, rstd = twin.nan(1, 2, C), twin.nan(1, 2, dtype=F32), twin.nan(1, 2, dtype=F32)
+    CUDA.layernorm.forward(out, mean, rstd, *(twin.put(x) for x in (inp, normal(C), bias)))
+    m, r = layernorm_statistics(inp)
+    mean_error = sum_error(C) * m
+    assert_within(twin.get(mean), m, mean_error, "mean")
+    # The mean's error adds its square to the variance.
+    assert_within(twin.get(rstd), r, r * (mean_error**2 * r**2 + sum_error(C) + 4 * EPS32), "rstd")
+    np.testing.assert_array_equal(twin.get(out)[0, 0], rounded(bias))
+
+
+LAYERNORM_BACKWARD_SIZES = (
+    *((1, 1, 8), (3, 7, 40), (1, 17, 264), (1, 270, 8), (1, 2, 6160)),
+    None,
+    *((1, 1000, 1600), (16, 1024, 768), (1, 9, 8192)),
+)
+
+
+@pytest.mark.parametrize("dtype", GRAD_DTYPES)
+@pytest.mark.parametrize("with_sum", [True, False])
+def test_layernorm_backward(twin, sizes, dtype, with_sum):
+    for B, T, C in sizes(*LAYERNORM_BACKWARD_SIZES):
+        inp, weight, dout, before_x = normal(B, T, C) * 3 + 1, normal(C) + 1, normal(B, T, C), normal(B, T, C)
+        before = [normal(C) for _ in range(3)]
+        mean, rstd = layernorm_statistics(rounded(inp))
+        dinp = twin.put(before_x)
+        dweight, dbias, dsum = (twin.put(x, dtype) for x in before)
+        CUDA.layernorm.backward(
+            *(dinp, dweight, dbias, twin.put(dout), twin.put(inp), twin.put(weight)),
+            *(twin.put(mean, F32), twin.put(rstd, F32), dsum if with_sum else None),
+        )
+        x, w, dy, dx0 = rounded(inp), rounded(weight), rounded(dout), rounded(before_x)
+        m, r = rounded(mean, F32)[..., None], rounded(rstd, F32)[..., None]
+        xhat, g = (x - m) * r, dy * w
+        xhat_error = 2 * EPS32 * (np.abs(x) + np.abs(m)) * r
+        g_mean, gx_mean = g.mean(axis=-1, keepdims=True), (g * xhat).mean(axis=-1, keepdims=True)
+        g_error = sum_error(C + 2) * np.abs(g).mean(axis=-1, keepdims=True)
+        gx_error = sum_error(C + 4) * np.abs(g * xhat).mean(axis=-1, keepdims=True)
+        gx_error = gx_error + (np.abs(g) * xhat_error).mean(axis=-1, keepdims=True)
+        exact = dx0 + r * (g - g_mean - xhat * gx_mean)
+        size = np.abs(g) + np.abs(g_mean) + np.abs(xhat * gx_mean)
+        update_error = r * (g_error + np.abs(xhat) * gx_error + xhat_error * np.abs(gx_mean) + 6 * EPS32 * size)
+        bound = stored(exact, update_error + EPS32 * (np.abs(dx0) + r * size), BF16)
+        assert_within(twin.get(dinp), exact, bound, "dinp")
+
+        axes, N = (0, 1), B * T
+        w0, b0, s0 = (rounded(value, dtype) for value in before)
+        exact_w, size_w = w0 + (dy * xhat).sum(axis=axes), np.abs(w0) + np.abs(dy * xhat).sum(axis=axes)
+        error_w = sum_error(N + 1) * size_w + (np.abs(dy) * xhat_error).sum(axis=axes)
+        assert_within(twin.get(dweight), exact_w, stored(exact_w, error_w, dtype), "dweight")
+        exact_b, size_b = b0 + dy.sum(axis=axes), np.abs(b0) + np.abs(dy).sum(axis=axes)
+        assert_within(twin.get(dbias), exact_b, stored(exact_b, sum_error(N + 1) * size_b, dtype), "dbias")
+        after = twin.get(dinp)  # the sums are those of dinp as it was stored
+        exact_s, size_s = s0 + after.sum(axis=axes), np.abs(s0) + np.abs(after).sum(axis=axes)
+        if with_sum:
+            assert_within(twin.get(dsum), exact_s, stored(exact_s, sum_error(N + 1) * size_s, dtype), "dinp_sum")
+        else:
+            np.testing.assert_array_equal(twin.get(dsum), s0)
+
+
+def gelu(x):
+    out = np.empty_like(x)
+    EXACT.gelu.forward(out, x)
+    return out
+
+
+def gelu_slope(x):
+    slope = np.ones_like(x)
+    EXACT.gelu.backward(slope, x)
+    return slope
+
+
+def gelu_error(x):
+    """Of gelu in fp32: tanh and its sum with 1 are some last places of 1 off, whatever is left of it."""
+    return 8 * EPS32 * np.abs(x)
+
+
+def slope_error(x):
+    """Of gelu' in fp32: the same of both terms, and the second has a factor of x u'(x) / 2."""
+    return 8 * EPS32 * (1 + 0.4 * np.abs(x) * (1 + 0.135 * x**2))
+
+
+def test_gelu(twin, sizes):
+    for shape in sizes((1, 1, 8), (3, 5, 40), None, (1, 1000, 6400), (8, 1024, 3072)):
+        inp, dout = normal(*shape) * 3, normal(*shape)
+        x, dy = rounded(inp), rounded(dout)
+        out, dinp = twin.nan(*shape), twin.put(dout)
+        CUDA.gelu.forward(out, twin.put(inp))
+        CUDA.gelu.backward(dinp, twin.put(inp))
+        assert_within(twin.get(out), gelu(x), stored(gelu(x), gelu_error(x), BF16), "out")
+        exact = dy * gelu_slope(x)
+        assert_within(twin.get(dinp), exact, stored(exact, np.abs(dy) * slope_error(x), BF16), "dinp")
+
+
+LINEAR_SIZES = (
+    *((1, 1, 8, 8), (2, 5, 24, 40), (1, 70, 16, 264)),
+    None,
+    *((1, 1000, 1600, 4800), (1, 7, 64, 128), (4, 1024, 768, 2304)),
+)
+CLASSIFIER_SIZE = (1, 1000, 768, 50304)
+TANH_ERROR = 2.0**-10.5  # cublasLt's GELU uses the hardware's tanh: PTX ISA, tanh.approx.f32
+
+
+@pytest.mark.parametrize(("kind", "fusion"), [("plain", 0), ("bias", 0), ("residual", 0), ("gelu", 0), ("gelu", 2)])
+def test_linear_forward(twin, sizes, monkeypatch, kind, fusion):
+    monkeypatch.setattr(CUDA.linear, "gelu_fusion", fusion)
+    for B, T, C, OC in sizes(*LINEAR_SIZES, *[CLASSIFIER_SIZE] * (kind == "plain")):
+        inp, weight, bias, skip = normal(B, T, C), normal(OC, C, scale=C**-0.5), normal(OC), normal(B, T, OC)
+        out, pre = twin.nan(B, T, OC), twin.nan(B, T, OC)
+        options = {"residual": twin.put(skip)} if kind == "residual" else {"pre_gelu": pre} if kind == "gelu" else {}
+        CUDA.linear.forward(
+            *(out, twin.put(inp), twin.put(weight), None if kind == "plain" else twin.put(bias)), **options
+        )
+        x, w = rounded(inp).reshape(-1, C), rounded(weight)
+        b = 0 if kind == "plain" else rounded(bias)
+        r = rounded(skip).reshape(-1, OC) if kind == "residual" else 0
+        exact, size = x @ w.T + b + r, np.abs(x) @ np.abs(w).T + np.abs(b) + np.abs(r)
+        before = sum_error(C + 2) * size
+        actual, pre = (twin.get(array).reshape(-1, OC) for array in (out, pre))
+        if kind != "gelu":
+            assert_within(actual, exact, stored(exact, before, BF16), "out")
+            continue
+        assert_within(pre, exact, stored(exact, before, BF16), "pre_gelu")
+        if fusion:  # GELU sees the sum before it is rounded; gelu' is at most 1.13
+            error = 1.13 * before + gelu_error(exact) + TANH_ERROR * np.abs(exact) / 2
+            assert_within(actual, gelu(exact), stored(gelu(exact), error, BF16), "out")
+        else:
+            assert_within(actual, gelu(pre), stored(gelu(pre), gelu_error(pre), BF16), "out")
+
+
+@pytest.mark.parametrize("dtype", GRAD_DTYPES)
+@pytest.mark.parametrize(("kind", "fusion"), [("plain", 0), ("bias", 0), ("gelu", 0), ("gelu", 2)])
+def test_linear_backward(twin, sizes, monkeypatch, kind, fusion, dtype):
+    monkeypatch.setattr(CUDA.linear, "gelu_fusion", fusion)
+    for B, T, C, OC in sizes(*LINEAR_SIZES, *[CLASSIFIER_SIZE] * (kind == "plain")):
+        N = B * T
+        pre, weight, dout = normal(B, T, C), normal(OC, C, scale=OC**-0.5), normal(B, T, OC)
+        inp = gelu(rounded(pre)) if kind == "gelu" else pre
+        before_w, before_b = normal(OC, C), normal(OC)
+        dinp, dweight, dbias = twin.nan(B, T, C), twin.put(before_w, dtype), twin.put(before_b, dtype)
+        CUDA.linear.backward(
+            *(dinp, dweight, dbias if kind == "bias" else None, twin.put(dout), twin.put(inp), twin.put(weight)),
+            pre_gelu=twin.put(pre) if kind == "gelu" else None,
+        )
+        x, p = rounded(inp).reshape(N, C), rounded(pre).reshape(N, C)
+        w, dy = rounded(weight), rounded(dout).reshape(N, OC)
+        w0, b0 = rounded(before_w, dtype), rounded(before_b, dtype)
+        exact, error = dy @ w, sum_error(OC) * (np.abs(dy) @ np.abs(w))
+        if kind == "gelu":
+            slope = gelu_slope(p)
+            # Rounded once before, and once after; the fused path seems to do so too.
+            tanh = TANH_ERROR * (1 + np.abs(p)) if fusion else 0
+            error = stored(exact, error, BF16) * np.abs(slope) + np.abs(exact) * (slope_error(p) + tanh) * (1 + EPS16)
+            exact = exact * slope
+        assert_within(twin.get(dinp).reshape(N, C), exact, stored(exact, error, BF16), "dinp")
+        product, error_w = dy.T @ x, sum_error(N + 1) * (np.abs(w0) + np.abs(dy).T @ np.abs(x))
+        # cublasLt rounds a product to bf16, if the sum is to be bf16, before it adds what was there.
+        error_w = stored(product, error_w, dtype)
+        assert_within(twin.get(dweight), w0 + product, stored(w0 + product, error_w, dtype), "dweight")
+        exact_b, size_b = b0 + dy.sum(axis=0), np.abs(b0) + np.abs(dy).sum(axis=0)
+        if kind == "bias":
+            assert_within(twin.get(dbias), exact_b, stored(exact_b, sum_error(N + 1) * size_b, dtype), "dbias")
+        else:
+            np.testing.assert_array_equal(twin.get(dbias), b0)
+
+
+class Attention:
+    """Attention in float64, with what its roundings in bf16 and fp32 may come to."""
+
+    def __init__(self, qkv, NH):
+        B, T, C3 = qkv.shape
+        self.shape, self.NH, self.HS = (B, T, C3 // 3), NH, C3 // 3 // NH
+        self.q, self.k, self.v = (self.heads(part) for part in np.split(qkv, 3, axis=-1))
+        self.scale = self.HS**-0.5
+        S = self.scale * self.q @ self.k.swapaxes(2, 3)
+        self.masked = np.triu(np.ones((T, T), bool), 1)
+        # Of a score: a sum of HS products, and its scaling
+        error = self.scale * sum_error(self.HS) * (np.abs(self.q) @ np.abs(self.k).swapaxes(2, 3))
+        self.score_error = np.where(self.masked, 0, error + 4 * EPS32 * np.abs(S))
+        self.S = np.where(self.masked, -np.inf, S)
+
+    def heads(self, x):
+        return x.reshape(*self.shape[:2], self.NH, self.HS).swapaxes(1, 2)
+
+    def joined(self, x):
+        return x.swapaxes(1, 2).reshape(self.shape)
+
+    def forward(self):
+        """out, its bound, lse, its bound."""
+        T = self.S.shape[-1]
+        top = self.S.max(axis=-1, keepdims=True)
+        P = np.exp(self.S - top)
+        total = P.sum(axis=-1, keepdims=True)
+        P /= total
+        lse = (top + np.log(total))[..., 0]
+        # An exponential is off by its argument's error, some last places, and those of the maximum that is subtracted.
+        p_error = self.score_error.max(axis=-1, keepdims=True) + 4 * EPS32 * (2 + np.abs(top))
+        total_error = p_error + sum_error(T + 2)
+        before = (P @ np.abs(self.v)) * (EPS16 + 2 * p_error + total_error + sum_error(T + T // 64 + 2))
+        out = P @ self.v
+        return (
+            self.joined(out),
+            self.joined(stored(out, before, BF16)),
+            lse,
+            total_error[..., 0] + 4 * EPS32 * (np.abs(lse) + 1),
+        )
+
+    def backward(self, dout, out, lse):
+        """dqkv and its bound, with out and lse as they were stored."""
+        T = self.S.shape[-1]
+        dy, o, lse = self.heads(dout), self.heads(out), lse[..., None]
+        P = np.where(self.masked, 0, np.exp(self.S - lse))
+        p_error = P * (self.score_error + 4 * EPS32 * (2 + np.abs(lse)))
+        dP, D = dy @ self.v.swapaxes(2, 3), (dy * o).sum(axis=-1, keepdims=True)
+        d_error = sum_error(self.HS) * (np.abs(dy) @ np.abs(self.v).swapaxes(2, 3))
+        d_error = d_error + sum_error(self.HS) * (np.abs(dy) * np.abs(o)).sum(axis=-1, keepdims=True)
+        dS = P * (dP - D)
+        s_error = p_error * np.abs(dP - D) + P * d_error + 2 * EPS32 * np.abs(dS)
+        # P and dS are rounded to bf16 on their way into the products.
+        p_error, s_error = p_error + EPS16 * (P + p_error), s_error + EPS16 * (np.abs(dS) + s_error)
+        products = {
+            "q": (dS, s_error, self.k, self.scale),
+            "k": (dS.swapaxes(2, 3), s_error.swapaxes(2, 3), self.q, self.scale),
+            "v": (P.swapaxes(2, 3), p_error.swapaxes(2, 3), dy, 1.0),
+        }
+        exact, bounds = [], []
+        for a, a_error, b, factor in products.values():
+            value = factor * a @ b
+            before = factor * (a_error @ np.abs(b) + sum_error(T + 2) * (np.abs(a) @ np.abs(b)))
+            exact.append(self.joined(value))
+            bounds.append(self.joined(stored(value, before + 2 * EPS32 * np.abs(value), BF16)))
+        return np.concatenate(exact, axis=-1), np.concatenate(bounds, axis=-1)
+
+
+ATTENTION_SIZES = (
+    *((1, 1, 1, 16), (2, 7, 2, 16), (1, 130, 1, 16), (1, 65, 2, 32), (1, 70, 1, 64), (1, 34, 1, 80), (1, 66, 1, 128)),
+    None,
+    *((2, T, 2, HS) for T in (1, 7, 64, 1000, 1024, 2048) for HS in (64, 128)),
+    *((1, 1000, 25, 64), (2, 200, 2, 16), (2, 200, 2, 32), (2, 200, 2, 80), (2, 200, 2, 96)),
+)
+
+
+def among_nan(twin, values, dtype=BF16):
+    """values on the device, with 64 rows of NaN before and behind them: even 0 times what is read there shows."""
+    rows = values.reshape(-1, values.shape[-1])
+    around = np.full((64, rows.shape[1]), np.nan)
+    return twin.put(np.concatenate([around, rows, around]), dtype)[64:-64].reshape(values.shape)
+
+
+def test_attention(twin, sizes):
+    for B, T, NH, HS in sizes(*ATTENTION_SIZES):
+        C = NH * HS
+        qkv, dout = normal(B, T, 3 * C) * 1.5, normal(B, T, C)
+        out, lse = twin.nan(B, T, C), twin.nan(B, NH, T, dtype=F32)
+        device_qkv = among_nan(twin, qkv)
+        CUDA.attention.forward(out, lse, device_qkv)
+        exact = Attention(rounded(qkv), NH)
+        exact_out, out_bound, exact_lse, lse_bound = exact.forward()
+        assert_within(twin.get(lse), exact_lse, lse_bound, f"lse {B, T, NH, HS}")
+        assert_within(twin.get(out), exact_out, out_bound, f"out {B, T, NH, HS}")
+
+        dqkv = twin.nan(B, T, 3 * C)
+        device_lse = among_nan(twin, twin.get(lse), F32)
+        CUDA.attention.backward(dqkv, among_nan(twin, dout), device_qkv, out, device_lse)
+        exact_dqkv, bound = exact.backward(rounded(dout), twin.get(out), twin.get(lse))
+        assert_within(twin.get(dqkv), exact_dqkv, bound, f"dqkv {B, T, NH, HS}")
+        twin.check_guards()
+
+
+def test_attention_in_float64_is_the_specification():
+    """The bounds above hold to the numpy twin, not to a second opinion."""
+    B, T, NH, HS = 2, 70, 2, 16
+    qkv, dout = normal(B, T, 3 * NH * HS), normal(B, T, NH * HS)
+    out, lse, dqkv = np.empty_like(dout), np.empty((B, NH, T)), np.empty_like(qkv)
+    EXACT.attention.forward(out, lse, qkv)
+    EXACT.attention.backward(dqkv, dout, qkv, out, lse)
+    exact = Attention(qkv, NH)
+    again, _, lse_again, _ = exact.forward()
+    np.testing.assert_allclose(again, out, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(lse_again, lse, rtol=1e-12)
+    np.testing.assert_allclose(exact.backward(dout, out, lse)[0], dqkv, rtol=1e-9, atol=1e-12)
+
+
+def test_attention_is_stable_and_causal(twin):
+    """Scores of 1e4 do not overflow, and what comes later reaches nothing before it."""
+    B, T, NH, HS = 1, 70, 1, 16
+    qkv = normal(B, T, 3 * HS) * 100
+    results = []
+    for _ in range(2):
+        out, lse = twin.nan(B, T, HS), twin.nan(B, NH, T, dtype=F32)
+        CUDA.attention.forward(out, lse, twin.put(qkv))
+        results.append((twin.get(out)[:, :66], twin.get(lse)[..., :66]))
+        qkv[:, 66:] = -qkv[:, 66:]
+    assert np.isfinite(results[0][0]).all()
+    assert np.isfinite(results[0][1]).all()
+    for first, second in zip(*results, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+CLASSIFIER_SIZES = ((1, 1, 1, 8), (1, 3, 50, 128), (1, 2, 9000, 9088), None, (1, 1000, 50257, 50304))
+
+
+def test_classifier(twin, sizes):
+    dloss = 0.3
+    for B, T, V, Vp in sizes(*CLASSIFIER_SIZES):
+        logits, targets = normal(B, T, Vp) * 4, tokens(V, B, T)
+        targets[0, 0] = V - 1
+        logits[..., V:] = 100.0  # padding that would win
+        x = rounded(logits)
+        # A thread adds up its part of a row, and then 10 additions join the threads.
+        n = -(-Vp // 1024) + 16
+        top = x[..., :V].max(axis=-1, keepdims=True)
+        p = np.exp(x[..., :V] - top)
+        total = p.sum(axis=-1, keepdims=True)
+        p /= total
+        picked = np.take_along_axis(x, targets[..., None], 2)
+        exact = (np.log(total) + top - picked)[..., 0]
+        bound = (n * EPS32 + 4 * EPS32 * (np.abs(top) + np.abs(np.log(total)) + np.abs(picked)))[..., 0]
+
+        losses, device_targets = twin.nan(B, T, dtype=F32), twin.put(targets, np.int32)
+        CUDA.classifier.forward(losses, twin.put(logits), device_targets, V)
+        assert_within(twin.get(losses), exact, bound, "losses")
+
+        again, dlogits = twin.nan(B, T, dtype=F32), twin.put(logits)
+        CUDA.classifier.forward_backward(again, dlogits, device_targets, V, dloss)
+        np.testing.assert_array_equal(twin.get(again), twin.get(losses))
+        gradient = p.copy()
+        np.put_along_axis(gradient, targets[..., None], np.take_along_axis(p, targets[..., None], 2) - 1, 2)
+        before = dloss * ((n + 8) * EPS32 * p + 2 * EPS32 * np.abs(gradient))
+        actual = twin.get(dlogits)
+        bound = stored(dloss * gradient, before, BF16)
+        assert_within(actual[..., :V], dloss * gradient, bound, "dlogits")
+        np.testing.assert_array_equal(actual[..., V:], 0)
+
+        mean = twin.put(np.array(0.5), np.float64)
+        CUDA.classifier.add_mean(mean, losses, 0.25)
+        np.testing.assert_allclose(twin.get(mean), 0.5 + 0.25 * twin.get(losses).mean(), rtol=1e-13)
+
+
+@pytest.mark.parametrize("shift", [0.0, -3e4])
+def test_classifier_is_stable(twin, shift):
+    logits = np.full((1, 1, 128), -np.inf)
+    logits[0, 0, :3] = np.array([1e4, -1e4, 0.0]) + shift
+    losses = twin.nan(1, 1, dtype=F32)
+    CUDA.classifier.forward(losses, twin.put(logits), twin.put(np.array([[1]]), np.int32), 3)
+    highest, target = rounded(logits)[0, 0, :2]
+    np.testing.assert_allclose(twin.get(losses), highest - target)
+
+
+@pytest.mark.parametrize("dtype", GRAD_DTYPES)
+def test_global_norm(twin, sizes, dtype):
+    for n in sizes(8, 128, 40_000, None, 10_000_000):
+        grads = normal(n)
+        out = twin.put(np.array(7.0), np.float64)
+        CUDA.norm.squared(out, twin.put(grads, dtype))
+        exact = (rounded(grads, dtype) ** 2).sum()
+        # A thread adds up at most 128 squares in fp32, the threads' and the blocks' sums are added in fp64.
+        np.testing.assert_allclose(twin.get(out), exact, rtol=130 * EPS32)
+
+
+def test_total(twin):
+    for n in (1, 5, 1000):
+        parts, out = normal(n), twin.put(np.array(np.nan), np.float64)
+        CUDA.scalars.total(out, twin.put(parts, np.float64), 4)
+        np.testing.assert_allclose(twin.get(out), math.fsum(parts) / 4, atol=n * 2**-53 * np.abs(parts).sum(), rtol=0)
+
+
+ADAMW = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("dtype", GRAD_DTYPES)
+def test_adamw(twin, sizes, dtype):
+    """The moments and masters to some roundings in fp32; the parameters are the masters, rounded to nearest even."""
+    for n in sizes(8, 2056, None, 1 << 20):
+        values, grads, m0, v0 = normal(n), normal(n), normal(n) * 0.1, normal(n) ** 2
+        grads[0], m0[0], v0[0] = 0, 1e-7, 1e-12  # where eps counts
+        master, m, v = (twin.put(x, F32) for x in (values, m0, v0))
+        params = twin.nan(n)
+        scalars = twin.put(np.array(0.5), np.float64), twin.put(np.array(0.0), np.float64)
+        CUDA.adamw.update(params, master, m, v, twin.put(grads, dtype), *scalars, t=3, **ADAMW)
+        x, em, ev, g = (rounded(value, F32) for value in (values, m0, v0, rounded(grads, dtype)))
+        size_m, before = 0.9 * np.abs(em) + 0.05 * np.abs(g), x.copy()
+        EXACT.adamw.update(x, x, em, ev, g, np.array(0.5), np.array(0), t=3, **ADAMW)
+        assert_within(twin.get(m), em, 4 * EPS32 * size_m, "m")
+        assert_within(twin.get(v), ev, 6 * EPS32 * ev, "v")
+        step = 0.01 / (1 - 0.9**3) * math.sqrt(1 - 0.95**3) * size_m / np.sqrt(ev)
+        assert_within(twin.get(master), x, 4 * EPS32 * np.abs(before) + 16 * EPS32 * step, "master")
+        np.testing.assert_array_equal(twin.get(params), rounded(twin.get(master)))
+
+
+def test_adamw_without_masters_rounds_at_random_as_numpy_does(twin):
+    """Decay alone, whose one product both sides round alike in fp32: then every random bit shows."""
+    n, first = 2056, (5 << 35) + (1 << 12)
+    values = np.concatenate([normal(n - 2), [np.inf, 0.0]])
+    moments = np.zeros((2, n), F32)
+    moments[0, 5] = np.array(0x7FFFFFFF, np.uint32).view(F32)  # the NaN that a GPU computes: rounded up it is -0
+    params, m, v = twin.put(values), *(twin.put(x, F32) for x in moments)
+    scalars = twin.put(np.array(1.0), np.float64), twin.put(np.array(0.0), np.float64)
+    key = {"seed": 7, "stream": 3, "first": first}
+    CUDA.adamw.update(params, params, m, v, twin.put(np.zeros(n)), *scalars, t=5, **ADAMW, **key)
+    decayed = values.astype(BF16).astype(F32) * F32.type(1 - 0.01 * 0.1)
+    decayed[5] = np.nan
+    bits = rounding.random_bits(first, n, seed=7, t=5, stream=3)
+    np.testing.assert_array_equal(twin.get(params), rounding.stochastic(decayed, bits).astype(np.float64))
+    spec = values.astype(BF16)
+    EXACT.adamw.update(spec, spec, *moments, np.zeros(n, F32), np.array(1.0), np.array(0), t=5, **ADAMW, **key)
+    np.testing.assert_array_equal(twin.get(params), spec.astype(np.float64))
+
+
+def test_adamw_skips(twin):
+    n = 2056
+    values = [normal(n) for _ in range(3)]
+    params, arrays = twin.put(values[0]), [twin.put(x, F32) for x in values]
+    scalars = twin.put(np.array(1.0), np.float64), twin.put(np.array(1.0), np.float64)
+    CUDA.adamw.update(params, *arrays, twin.put(np.full(n, np.nan)), *scalars, t=1, **ADAMW)
+    CUDA.adamw.update(params, params, *arrays[1:], twin.put(np.full(n, np.nan)), *scalars, t=1, **ADAMW)
+    np.testing.assert_array_equal(twin.get(params), rounded(values[0]))
+    for array, kept in zip(arrays, values, strict=True):
+        np.testing.assert_array_equal(twin.get(array), rounded(kept, F32))
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_loss_z": 2.0, "max_norm": 1.1}, {"max_norm_z": 2.0}])
+def test_guard(twin, limits):
+    """Decision by decision as numpy's, over a run with spikes, NaN and infinity in it."""
+    limits = {"max_norm": 1.0, "max_loss_z": math.inf, "max_norm_z": math.inf} | limits
+    count = 300 if twin.on_gpu else 150
+    losses, norms = RNG.normal(size=count) + 3, RNG.random(count) + 0.5
+    losses[[20, 140]], norms[[30, 145]] = (np.nan, 50.0), (np.inf, 40.0)
+    exact = EXACT.guard.Decision(*(np.zeros(()) for _ in EXACT.guard.Decision._fields))
+    windows = np.zeros((2, EXACT.guard.WINDOW + 1))
+    ours = CUDA.guard.Decision(*(twin.put(np.array(np.nan), np.float64) for _ in exact))
+    our_windows = [twin.put(window, np.float64) for window in windows]
+    for loss, norm in zip(losses, norms, strict=True):
+        scalars = np.array(loss), np.array(norm**2)
+        EXACT.guard.decide(exact, *windows, *scalars, **limits)
+        CUDA.guard.decide(ours, *our_windows, *(twin.put(x, np.float64) for x in scalars), **limits)
+        for name, a, b in zip(exact._fields, ours, exact, strict=True):
+            np.testing.assert_allclose(twin.get(a), b, rtol=1e-10, atol=1e-12, err_msg=name)
+    for a, b in zip(our_windows, windows, strict=True):
+        np.testing.assert_allclose(twin.get(a), b, rtol=1e-14)
+
+
+def test_guard_of_a_run_that_stands_still(twin):
+    """Without any deviation a score is 0, not a quotient of zeros."""
+    window = np.full(EXACT.guard.WINDOW + 1, 3.0)
+    window[-1] = EXACT.guard.WINDOW
+    ours = CUDA.guard.Decision(*(twin.put(np.array(np.nan), np.float64) for _ in EXACT.guard.Decision._fields))
+    arrays = (twin.put(x, np.float64) for x in (window, window, np.array(3.0), np.array(9.0)))
+    CUDA.guard.decide(ours, *arrays, max_norm=1.0, max_loss_z=2.0, max_norm_z=2.0)
+    assert (twin.get(ours.loss_z), twin.get(ours.norm_z), twin.get(ours.skip)) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_sampling(twin, sizes, temperature):
+    for B, V, Vp in sizes((1, 1, 8), (3, 50, 128), (4, 1000, 1024), None, (50, 50257, 50304)):
+        logits, coins = normal(B, Vp) * 3, RNG.random(B)
+        logits[1:2] -= 100  # none above 0
+        logits[:, V:] = 100.0
+        logits[0, V // 2] = logits[0, V - 1] = logits[0, :V].max()  # of equals the first
+        coins[-1] = 1 - 2**-53
+        out, exact = twin.put(np.full(B, -1), np.int32), np.empty(B, np.int32)
+        CUDA.sampling.sample(out, twin.put(logits), V, twin.put(coins, np.float64), temperature)
+        EXACT.sampling.sample(exact, rounded(logits), V, coins, temperature)
+        np.testing.assert_array_equal(twin.get(out), exact)

@@ -1,0 +1,64 @@
+"""Which device a run is on: what --device means, on machines with a GPU, without, and with a broken installation."""
+
+import pytest
+
+from engine import device
+from engine.errors import UsageError
+from tests.conftest import TINY, data, run_command
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(driver, problem): a machine with a driver or without, whose GPU can't train for this reason."""
+
+    def pretend(driver, problem):
+        monkeypatch.setattr(device, "_has_driver", lambda: driver)
+        monkeypatch.setattr(device, "cuda_problem", lambda: problem)
+
+    return pretend
+
+
+def choose(wanted, world=1):
+    said = []
+    return device.choose(wanted, world, said.append), said
+
+
+def test_a_gpu_is_taken_unless_the_cpu_is_asked_for(machine):
+    machine(driver=True, problem="")
+    assert choose("auto") == ("cuda", [])
+    assert choose("cuda") == ("cuda", [])
+    assert choose("cpu") == ("numpy", [])
+
+
+def test_without_a_gpu_auto_is_the_cpu(machine):
+    machine(driver=False, problem="there is no NVIDIA driver")
+    assert choose("auto") == ("numpy", [])
+    with pytest.raises(UsageError, match=r"--device cuda: there is no NVIDIA driver.*doctor.*--device cpu"):
+        choose("cuda")
+
+
+def test_where_there_is_a_driver_the_cpu_is_not_taken_in_silence(machine):
+    machine(driver=True, problem="CuPy is broken")
+    where, said = choose("auto")
+    assert where == "numpy"
+    assert len(said) == 1
+    assert "CuPy is broken" in said[0]
+    with pytest.raises(UsageError, match="CuPy is broken"):
+        choose("cuda")
+
+
+def test_several_ranks_are_on_the_cpu_so_far(machine):
+    machine(driver=True, problem="")
+    where, said = choose("auto", world=2)
+    assert where == "numpy"
+    assert "several ranks" in said[0]
+    with pytest.raises(UsageError, match="several ranks"):
+        choose("cuda", world=2)
+
+
+@pytest.mark.skipif(not device.cuda_problem(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_a_usage_error(shards_dir, tmp_path):
+    result = run_command("train.py", *data(shards_dir), *TINY, "--device", "cuda", "-x", 1, "-o", tmp_path / "run")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("usage error (exit 2): --device cuda: ")
+    assert "--device cpu" in result.err

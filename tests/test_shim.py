@@ -1,0 +1,332 @@
+"""The CPU stand-in for CUDA tells the truth: what it computes is right, and what it is to find it finds."""
+
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.shim import ORDERS, ShimError, ShimModule, set_order
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing")
+
+COMMON = Path(__file__).parent.parent / "kernels_cu"
+BF16 = ml_dtypes.bfloat16
+ROW = 24  # a padded row of the shared tiles, in elements
+
+SOURCE = r"""
+#include <common.cuh>
+
+extern "C" __global__ void shuffles(int* out, long long* wide, unsigned* votes) {
+    const int i = threadIdx.x, n = blockDim.x;
+    out[i] = __shfl_sync(ALL_LANES, i, i + 1);
+    out[n + i] = __shfl_xor_sync(ALL_LANES, i, 5);
+    out[2 * n + i] = __shfl_down_sync(ALL_LANES, i, 3, 16);
+    out[3 * n + i] = __shfl_up_sync(ALL_LANES, i, 3, 8);
+    wide[i] = __shfl_xor_sync(ALL_LANES, (1ll << 40) + i, 1);
+    votes[3 * i] = __ballot_sync(ALL_LANES, i % 3 == 0);
+    votes[3 * i + 1] = __any_sync(ALL_LANES, i == 40);
+    votes[3 * i + 2] = __all_sync(ALL_LANES, i < 40);
+}
+
+extern "C" __global__ void __launch_bounds__(256) sums(const float* x, float* sum, float* most, double* wide) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    sum[i] = block_sum(x[i]);
+    most[i] = block_max(x[i]);
+    wide[i] = block_sum(static_cast<double>(x[i]));
+}
+
+// Each thread takes what the thread on the other side of the block wrote, twice.
+extern "C" __global__ void mirror(int* out, int first, int second) {
+    __shared__ int all[256];
+    const int i = threadIdx.x, other = blockDim.x - 1 - i;
+    all[i] = i;
+    if (first) __syncthreads();
+    const int got = all[other];
+    if (second) __syncthreads();
+    all[i] = -i;
+    __syncthreads();
+    out[i] = got - all[other];
+}
+
+extern "C" __global__ void mirror_warp(int* out, int synchronize) {
+    __shared__ int all[WARP];
+    all[threadIdx.x] = threadIdx.x;
+    if (synchronize) __syncwarp();
+    out[threadIdx.x] = all[WARP - 1 - threadIdx.x];
+}
+
+// A 16 x 16 times B (transposed in memory if asked: 8 x 16, else 16 x 8), through padded shared memory.
+extern "C" __global__ void product(const bf16* a, const bf16* b, float* d, int b_rows_are_k) {
+    constexpr int ROW = 24;
+    __shared__ __align__(16) bf16 as[16 * ROW], bs[16 * ROW];
+    const int l = threadIdx.x, g = l / 4, t = l % 4, columns = b_rows_are_k ? 8 : 16;
+    for (int i = l; i < 256; i += WARP) as[i / 16 * ROW + i % 16] = a[i];
+    for (int i = l; i < 128; i += WARP) bs[i / columns * ROW + i % columns] = b[i];
+    __syncwarp();
+    unsigned fa[4], fb[4];
+    load_matrices(fa, as + l % 16 * ROW + l / 16 * 8);
+    // Matrices 0 and 1 are B's two halves; 2 and 3 the same once more.
+    if (b_rows_are_k) load_matrices_transposed(fb, bs + l % 16 * ROW);
+    else load_matrices(fb, bs + l % 8 * ROW + l / 8 % 2 * 8);
+    float sum[4] = {d[g * 8 + 2 * t], d[g * 8 + 2 * t + 1], d[(g + 8) * 8 + 2 * t], d[(g + 8) * 8 + 2 * t + 1]};
+    mma_16x8x16(sum, fa, fb[0], fb[1]);
+    for (int i = 0; i < 4; i++) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
+// Thread i copies pack i in group 0 and once more in group 1; reads both with one group left under way, then with none.
+// Then it reads what a third copy is about to write over.
+extern "C" __global__ void copies(const float* x, float* out, int valid) {
+    DYNAMIC_SHARED(float, tile);
+    const int i = threadIdx.x, n = 4 * blockDim.x;
+    for (int group = 0; group < 2; group++) {
+        copy_async(tile + group * n + 4 * i, x + 4 * i, i < valid);
+        copy_async_commit();
+    }
+    for (int j = 0; j < 4; j++) out[4 * i + j] = tile[4 * i + j];
+    copy_async_wait<1>();
+    for (int j = 0; j < 4; j++) out[n + 4 * i + j] = tile[4 * i + j];
+    for (int j = 0; j < 4; j++) out[2 * n + 4 * i + j] = tile[n + 4 * i + j];
+    copy_async_wait<0>();
+    for (int j = 0; j < 4; j++) out[3 * n + 4 * i + j] = tile[n + 4 * i + j];
+    copy_async(tile + 4 * i, x + 4 * i, i < valid);
+    for (int j = 0; j < 4; j++) out[4 * n + 4 * i + j] = tile[4 * i + j];
+}
+
+extern "C" __global__ void round_all(const float* x, unsigned* out, int n) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = pack_bf16(x[i], -x[i]);
+}
+
+extern "C" __global__ void leaves_early(int n) {
+    if (threadIdx.x == n) return;
+    __syncthreads();
+}
+
+extern "C" __global__ void lane_alone(float* out) {
+    if (threadIdx.x == 3 && threadIdx.y == 1) out[0] = warp_sum(1.0f);
+    __syncthreads();
+}
+
+extern "C" __global__ void overruns(int at) {
+    DYNAMIC_SHARED(char, bytes);
+    bytes[at] = 1;
+}
+
+extern "C" __global__ void strays(uint4* out, int by, int at) {
+    __shared__ int few[4];
+    if (at < 9) few[at] = 1;
+    *reinterpret_cast<uint4*>(reinterpret_cast<bf16*>(out) + by) = make_uint4(1, 2, 3, few[0]);
+}
+
+template <typename T>
+__device__ T* uninitialised() {
+    __shared__ T x[2];
+    return x;
+}
+
+extern "C" __global__ void reads_unwritten(float* out) {
+    __shared__ float fixed;
+    DYNAMIC_SHARED(float, dynamic);
+    float* of_template = uninitialised<float>();
+    bf16* narrow = uninitialised<bf16>();
+    float* all = out + 4 * blockIdx.x;
+    all[0] = fixed, all[1] = dynamic[0], all[2] = of_template[1], all[3] = widen(narrow[1]);
+    fixed = dynamic[0] = of_template[1] = 1.0f;  // the next block must not find it
+    narrow[1].bits = 0;
+}
+
+extern "C" __global__ void turns(int* blocks, unsigned* threads, unsigned* turn, bf16* unused, long long add) {
+    const int block = blockIdx.y * gridDim.x + blockIdx.x, size = blockDim.x * blockDim.y * blockDim.z;
+    const int i = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+    if (i == 0) atomicAdd(blocks, 1);
+    turn[block * size + i] = atomicAdd(threads, static_cast<unsigned>(add));
+}
+"""
+KERNELS = {
+    "shuffles": ["int*", "long long*", "unsigned*"],
+    "sums": ["const float*", "float*", "float*", "double*"],
+    "mirror": ["int*", "int", "int"],
+    "mirror_warp": ["int*", "int"],
+    "product": ["const bf16*", "const bf16*", "float*", "int"],
+    "copies": ["const float*", "float*", "int"],
+    "round_all": ["const float*", "unsigned*", "int"],
+    "leaves_early": ["int"],
+    "lane_alone": ["float*"],
+    "overruns": ["int"],
+    "strays": ["uint4*", "int", "int"],
+    "reads_unwritten": ["float*"],
+    "turns": ["int*", "unsigned*", "unsigned*", "bf16*", "long long"],
+}
+ONE = (1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> ShimModule:
+    source = tmp_path_factory.mktemp("shim") / "kernels.cu"
+    source.write_text(SOURCE)
+    return ShimModule(source, {}, [COMMON], KERNELS)
+
+
+@pytest.fixture(params=ORDERS, autouse=True)
+def order(request: pytest.FixtureRequest):
+    set_order(request.param)
+    yield request.param
+    set_order(ORDERS[0])
+
+
+def test_shuffles_and_votes(shim):
+    n = 64
+    out, wide, votes = np.zeros((4, n), np.int32), np.zeros(n, np.int64), np.zeros((n, 3), np.uint32)
+    shim.launch("shuffles", ONE, (n, 1, 1), 0, [out, wide, votes])
+    i = np.arange(n)
+    np.testing.assert_array_equal(out[0], i // 32 * 32 + (i + 1) % 32)
+    np.testing.assert_array_equal(out[1], i ^ 5)
+    np.testing.assert_array_equal(out[2], np.where(i % 16 < 13, i + 3, i))
+    np.testing.assert_array_equal(out[3], np.where(i % 8 >= 3, i - 3, i))
+    np.testing.assert_array_equal(wide, (1 << 40) + (i ^ 1))
+    ballots = [sum(1 << lane for lane in range(32) if (first + lane) % 3 == 0) for first in (0, 32)]
+    np.testing.assert_array_equal(votes, [[ballots[k // 32], k >= 32, k < 32] for k in i])
+
+
+def test_block_reductions(shim):
+    x = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32)
+    total, most, wide = np.zeros_like(x), np.zeros_like(x), np.zeros(x.shape)
+    shim.launch("sums", (3, 1, 1), (256, 1, 1), 0, [x, total, most, wide])
+    np.testing.assert_allclose(total, np.broadcast_to(x.sum(1, keepdims=True), x.shape), rtol=1e-5)
+    assert (total == total[:, :1]).all()
+    np.testing.assert_array_equal(most, np.broadcast_to(x.max(1, keepdims=True), x.shape))
+    np.testing.assert_allclose(wide, np.broadcast_to(x.sum(1, keepdims=True, dtype=np.float64), x.shape), rtol=1e-12)
+
+
+def mirrored(shim, first: int, second: int) -> bool:
+    out = np.zeros(256, np.int32)
+    shim.launch("mirror", ONE, (256, 1, 1), 0, [out, np.int32(first), np.int32(second)])
+    return bool((out == 2 * np.arange(256)[::-1]).all())
+
+
+def test_missing_barriers_show_in_every_order(shim):
+    assert mirrored(shim, 1, 1)
+    assert not mirrored(shim, 0, 1)  # a read too early
+    assert not mirrored(shim, 1, 0)  # a write too early
+
+
+def test_a_missing_warp_barrier_shows(shim):
+    out = np.zeros(32, np.int32)
+    for synchronize in (0, 1):
+        shim.launch("mirror_warp", ONE, (32, 1, 1), 0, [out, np.int32(synchronize)])
+        assert (out == np.arange(32)[::-1]).all() == synchronize
+
+
+@pytest.mark.parametrize("b_rows_are_k", [0, 1])
+def test_matrix_fragments(shim, b_rows_are_k):
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((16, 16)).astype(BF16), rng.standard_normal((16, 8)).astype(BF16)
+    start = rng.standard_normal((16, 8)).astype(np.float32)
+    d = start.copy()
+    shim.launch(
+        "product", ONE, (32, 1, 1), 0, [a, np.ascontiguousarray(b if b_rows_are_k else b.T), d, np.int32(b_rows_are_k)]
+    )
+    expected = start.copy()
+    for k in range(16):
+        expected += a[:, k : k + 1].astype(np.float32) * b[k].astype(np.float32)
+    np.testing.assert_array_equal(d, expected)
+
+
+def test_copies_come_when_waited_for(shim):
+    x = np.arange(1, 161, dtype=np.float32)  # of 40 threads: a warp and a quarter
+    valid = 25
+    out = np.zeros((5, 160), np.float32)
+    shim.launch("copies", ONE, (40, 1, 1), 2 * x.nbytes, [x, out, np.int32(valid)])
+    expected = np.where(np.arange(160) < 4 * valid, x, 0)
+    assert np.isnan(out[0]).all()  # no wait
+    np.testing.assert_array_equal(out[1], expected)
+    assert np.isnan(out[2]).all()  # waited, but not for this group
+    np.testing.assert_array_equal(out[3], expected)
+    assert np.isnan(out[4]).all()  # neither the old nor the new can be relied on
+
+
+def test_copies_that_are_not_valid_do_not_read(shim):
+    out = np.ones((5, 32), np.float32)
+    shim.launch("copies", ONE, (8, 1, 1), 256, [np.uintp(16), out, np.int32(0)])  # nobody's address
+    assert (out[[1, 3]] == 0).all()
+
+
+def test_rounding_to_bf16(shim):
+    bits = np.random.default_rng(2).integers(0, 1 << 32, 10_000, dtype=np.uint32)
+    bits[:4096:2] = bits[:4096:2] & 0xFFFF0000 | 0x8000  # ties
+    bits[1:1000:2] &= 0x807FFFFF  # denormals
+    bits[1001:2000:2] |= 0x7F800000  # NaN
+    bits[-8:] = [0, 1 << 31, 0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 0x7F7FFFFF, 0xFF7FFFFF]
+    x, out = bits.view(np.float32), np.zeros(bits.size, np.uint32)
+    shim.launch("round_all", (40, 1, 1), (256, 1, 1), 0, [x, out, np.int32(x.size)])
+    halves = out.view(np.uint16).reshape(-1, 2)
+    nan = np.isnan(x)
+    assert 400 < nan.sum() < 1000
+    for half, value in ((0, x), (1, -x)):
+        with np.errstate(invalid="ignore"):
+            expected = value.astype(BF16).view(np.uint16)
+        np.testing.assert_array_equal(halves[~nan, half], expected[~nan])
+        assert np.isnan(halves[nan, half].copy().view(BF16)).all()
+
+
+def test_deadlocks_are_named(shim):
+    with pytest.raises(
+        ShimError,
+        match=r"leaves_early, block \(\d, 0, 0\): deadlock: thread \(0, 0, 0\) and 38 more waits at __syncthreads; "
+        r"thread \(33, 0, 0\) ended",
+    ):
+        shim.launch("leaves_early", (2, 1, 1), (40, 1, 1), 0, [np.int32(33)])
+    with pytest.raises(ShimError, match=r"thread \(3, 1, 0\) waits at __shfl_xor_sync"):
+        shim.launch("lane_alone", ONE, (16, 2, 1), 0, [np.zeros(1, np.float32)])
+    shim.launch("leaves_early", (2, 1, 1), (40, 1, 1), 0, [np.int32(-1)])  # and all is well afterwards
+
+
+def test_overruns_of_shared_memory_are_found(shim):
+    shim.launch("overruns", ONE, ONE, 100, [np.int32(99)])
+    with pytest.raises(ShimError, match=r"overruns.*written at byte 103 of 100"):
+        shim.launch("overruns", ONE, ONE, 100, [np.int32(103)])
+
+
+def test_strays_are_found(shim):
+    out = np.zeros(16, np.float32)
+    out = out[-(out.ctypes.data // 4) % 4 :]  # from a multiple of 16 bytes on
+    shim.launch("strays", ONE, ONE, 0, [out, np.int32(8), np.int32(3)])
+    with pytest.raises(ShimError, match=r"kernels.cu:\d+: an address that is not a multiple"):
+        shim.launch("strays", ONE, ONE, 0, [out, np.int32(4), np.int32(3)])
+    with pytest.raises(ShimError, match=r"kernels.cu:\d+: an index outside the array"):
+        shim.launch("strays", ONE, ONE, 0, [out, np.int32(0), np.int32(4)])
+
+
+def test_unwritten_shared_memory_is_nan(shim):
+    out = np.zeros((3, 4), np.float32)
+    shim.launch("reads_unwritten", (3, 1, 1), ONE, 4, [out])
+    assert np.isnan(out).all()
+
+
+def test_turns_grids_and_integer_atomics(shim, order):
+    n = 6 * 70
+    blocks, threads, turn = np.zeros(1, np.int32), np.zeros(1, np.uint32), np.zeros(n, np.uint32)
+    shim.launch("turns", (3, 2, 1), (5, 7, 2), 0, [blocks, threads, turn, np.uintp(0), np.int64(2)])
+    assert (blocks[0], threads[0]) == (6, 2 * n)
+    forward = 2 * np.arange(n)
+    assert (turn == forward).all() == (order == "forward")
+    assert (turn == forward[::-1]).all() == (order == "reversed")
+    np.testing.assert_array_equal(np.sort(turn), forward)
+
+
+def test_what_does_not_fit_is_refused(shim, tmp_path):
+    with pytest.raises(ShimError, match="1 bytes, the parameter 4"):
+        shim.launch("overruns", ONE, ONE, 100, [np.int8(3)])
+    with pytest.raises(ShimError, match="takes 1 arguments"):
+        shim.launch("overruns", ONE, ONE, 100, [])
+    with pytest.raises(ShimError, match="1056 threads"):
+        shim.launch("overruns", ONE, (1056, 1, 1), 100, [np.int32(3)])
+    source = tmp_path / "wrong.cu"
+    source.write_text('extern "C" __global__ void f(float* x) { atomicAdd(x, 1.0f); }')
+    with pytest.raises(ShimError, match="atomicAdd"):
+        ShimModule(source, {}, [COMMON], {"f": ["float*"]})
+    source.write_text('extern "C" __global__ void f(float* x) {}')
+    with pytest.raises(ShimError, match="f has other parameters"):
+        ShimModule(source, {}, [COMMON], {"f": ["int*"]})
