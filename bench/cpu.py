@@ -13,7 +13,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import click
@@ -21,64 +20,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from bench.machine import processor
+from bench.step import Recorded, make_step
 from engine import device, ops
-from engine.comm.one import OneRank
-from engine.config import GPT2Config, RunConfig
-from engine.models.gpt2 import GPT2, decayed, initialize
+from engine.config import GPT2Config
 from engine.ops.numpy.parallel import CORES
-from engine.optimizer import AdamW
-from engine.zero import Zero
 
 STEPS_PER_ROUND, WARM_UP = 20, 10
-
-
-def make_step(
-    config: GPT2Config, inp: np.ndarray, targets: np.ndarray, operations: Any, recompute: int
-) -> Callable[[], float]:
-    """A training step of the engine on one batch: forward, backward, guard, clip, AdamW. Returns the loss."""
-    dev = device.load("numpy")
-    B, T = inp.shape
-    model = GPT2(config, operations, dev, B=B, T=T, recompute=recompute)
-    initialize(config, model.params.views, seed=42)
-    run = RunConfig(B=B, T=T, weight_decay=0.1)
-    zero = Zero(OneRank(), model.params, model.lanes, run.zero_stage, dev)
-    optimizer = AdamW(model.params, model.grads, decayed(config), zero, run, operations, dev)
-    loss = np.zeros(())
-    updates = 0
-
-    def step() -> float:
-        nonlocal updates
-        updates += 1
-        model.zero_grads()
-        model.forward(inp)
-        loss.fill(0)
-        operations.classifier.add_mean(loss, model.backward(inp, targets, 1 / inp.size), 1.0)
-        optimizer.step(updates, 3e-4, loss)
-        return float(loss)
-
-    return step
-
-
-def timed(operations: ModuleType, seconds: defaultdict[str, float]) -> SimpleNamespace:
-    """The same operations, adding up the time of each call in seconds["linear.forward"] and so on."""
-
-    def wrap(name: str, function: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            result = function(*args, **kwargs)
-            seconds[name] += time.perf_counter() - began
-            return result
-
-        return call
-
-    modules = {}
-    for module in operations.__all__:
-        members = vars(getattr(operations, module))
-        own = {k: v for k, v in members.items() if getattr(v, "__module__", "").endswith(f".{module}") and callable(v)}
-        modules[module] = SimpleNamespace(
-            **{**members, **{k: wrap(f"{module}.{k}", v) for k, v in own.items() if not isinstance(v, type)}}
-        )
-    return SimpleNamespace(**modules)
 
 
 def matmul_milliseconds(config: GPT2Config, N: int) -> float:
@@ -101,7 +49,7 @@ def matmul_milliseconds(config: GPT2Config, N: int) -> float:
     return total * 1000
 
 
-def one_round(step: Callable[[], float]) -> float:
+def one_round(step: Callable[[], Any]) -> float:
     """Milliseconds of a step, the mean of a round."""
     began = time.perf_counter()
     for _ in range(STEPS_PER_ROUND):
@@ -135,8 +83,9 @@ def main(
     """Milliseconds of a training step on the CPU, and where they go."""
     config = GPT2Config(maxT=T, V=V, L=L, NH=NH, C=C)
     inp, targets = np.random.default_rng(0).integers(0, V, (2, B, T)).astype(np.int32)
-    seconds: defaultdict[str, float] = defaultdict(float)
-    contenders = {"backhand": make_step(config, inp, targets, ops.load("numpy"), recompute)}
+    dev, operations = device.load("numpy"), Recorded(ops.load("numpy"), device.load("numpy"))
+    ours = make_step(config, inp, targets, dev, operations, recompute=recompute)
+    contenders: dict[str, Callable[[], Any]] = {"backhand": ours}
     if beside_torch:
         # The peer lives with the tests: nothing that is shipped imports PyTorch.
         from tests import torch_gpt2
@@ -151,10 +100,11 @@ def main(
         for name, step in contenders.items():
             rounds[name].append(one_round(step))
 
-    where = make_step(config, inp, targets, timed(ops.load("numpy"), seconds), recompute)
-    one_round(where)
-    seconds.clear()
-    whole = one_round(where)
+    operations.calls = []
+    whole = one_round(ours)
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for call in operations.calls:
+        seconds[call.name] += dev.seconds_between(call.began, call.ended)
     floor = min(matmul_milliseconds(config, B * T) for _ in range(5))
 
     print(f"{processor()}, {CORES} threads, Python {platform.python_version()}, numpy {np.__version__}")
@@ -167,8 +117,8 @@ def main(
         spread = f"rounds {min(times):.2f} to {max(times):.2f}"
         print(f"{name:20} {ms:7.2f} ms a step, {flops / ms / 1e6:5.0f} GFLOP/s by 6N + 6LCT ({spread})")
     if beside_torch:
-        ours, peer = (float(np.median(times)) for times in rounds.values())
-        print(f"{'ratio':20} {ours / peer:7.2f}")
+        our_ms, peer_ms = (float(np.median(times)) for times in rounds.values())
+        print(f"{'ratio':20} {our_ms / peer_ms:7.2f}")
     print(f"\nwhere {whole:.2f} ms go; the bare matrix multiplies of the linear layers take {floor:.2f} ms of one core")
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         ms = value / STEPS_PER_ROUND * 1000
@@ -176,13 +126,6 @@ def main(
     if json_path:
         figures = {"rounds_ms": rounds, "operations_s": dict(seconds), "matmul_ms": floor, "steps": STEPS_PER_ROUND}
         json_path.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-def processor() -> str:
-    """The CPU's name."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

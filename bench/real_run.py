@@ -14,18 +14,13 @@ made later, and elsewhere. Exit code 1: the losses differ by more than the crite
 import argparse
 import json
 import math
-import os
-import platform
 import shlex
 import subprocess
 import sys
 import textwrap
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,22 +28,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench.cpu import processor
+from bench.machine import machine, nvidia_smi, versions, watched_gpu
 from engine.errors import DataError, UsageError, exit_on_user_error
 from engine.log import duration, printable, read_jsonl
-from engine.ops.numpy.parallel import CORES
 from engine.report import have_matplotlib
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"ours": "Backhand", "peer": "PyTorch"}
-PACKAGES = (
-    *("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cublas-cu12", "nvidia-cublas", "torch", "triton", "matplotlib"),
-)
 
 # The criteria: how far the losses may lie apart in the first steps, each of them, and in the last validation.
 FIRST_STEPS, FIRST_BOUND, FINAL_BOUND = 10, 0.01, 0.02
 WARM_UP = 20  # steps that the speed leaves out: compilation, first allocations, clocks
-SECONDS_BETWEEN_SAMPLES = 2.0
 SHORT_SAMPLE = 300  # characters of every sample but the last
 # No tokenizer needs fewer tokens than one for so many bytes of ordinary text.
 BYTES_PER_TOKEN = {"gpt2": 5, "bytes": 1}
@@ -141,82 +131,6 @@ def shown(path: Path) -> str:
     """path as it reads from the repository's root."""
     path = path.resolve()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-
-
-# The machine
-
-
-def nvidia_smi(fields: str) -> list[str]:
-    """What nvidia-smi says of the GPU that the runs use: nothing where there is none."""
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
-    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [field.strip() for field in answer.split(",")]
-
-
-@contextmanager
-def watched_gpu(device: str) -> Iterator[dict[str, float]]:
-    """A dictionary that is filled at the end: mean clock and power while the GPU was busy, and its peak of memory.
-
-    Busy is what keeps the start, the compilation and the checkpoint out of the means.
-    """
-    figures: dict[str, float] = {}
-    samples: list[list[float]] = []
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(SECONDS_BETWEEN_SAMPLES):
-            if fields := nvidia_smi("clocks.sm,power.draw,memory.used,utilization.gpu"):
-                samples.append([number(field) for field in fields])
-
-    thread = threading.Thread(target=watch, daemon=True)
-    if device == "cuda":
-        thread.start()
-    try:
-        yield figures
-    finally:
-        done.set()
-        if thread.ident:
-            thread.join()
-        if samples:
-            table = np.array(samples)
-            busy = table[table[:, 3] >= 50] if (table[:, 3] >= 50).any() else table
-            figures |= {
-                "clock_mhz": round(float(busy[:, 0].mean())),
-                "watts": round(float(busy[:, 1].mean())),
-                "peak_mib": round(float(table[:, 2].max())),
-                "samples": len(busy),
-            }
-
-
-def number(field: str) -> float:
-    """A field of nvidia-smi's; 0 where the GPU does not tell, as "[N/A]"."""
-    try:
-        return float(field)
-    except ValueError:
-        return 0.0
-
-
-def machine(device: str) -> str:
-    """The processor that the runs are on, by name."""
-    if device == "cuda" and (answer := nvidia_smi("name,driver_version,power.limit,clocks.max.sm")):
-        name, driver, watts, mhz = answer
-        return f"{name}, driver {driver}, at most {watts} W and {mhz} MHz"
-    return f"{processor()}, {CORES} threads"
-
-
-def versions() -> str:
-    """Python and the packages that matter, those that are installed."""
-    found = [f"Python {platform.python_version()}"]
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
 
 
 # The report

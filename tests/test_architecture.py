@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,13 @@ def test_nothing_forbidden(path):
     packages = {name.split(".")[0] for name in imported(path)}
     assert not packages & {"torch", "transformers", "pickle", "shelve", "marshal"}
     assert not re.search(r"\.tofile\(|allow_pickle=True|\bexec\(|\beval\(", text)
+
+
+def test_everything_can_be_imported_without_cuda_s_packages():
+    """Importing needs neither CuPy nor nvmath-python, whatever is imported: a laptop has none."""
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in product() if path.name != "__init__.py"
+    ]
+    code = "import sys\nsys.modules.update(cupy=None, cupyx=None, nvmath=None)\n"
+    code += "\n".join(f"import {module}" for module in modules if module != "engine.comm.mpi")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import real_run
+from bench import machine, real_run
 from tests.conftest import ROOT, TIMEOUT, text
 
 STEPS = 12
@@ -94,11 +94,11 @@ def test_a_gpu_is_watched_while_it_is_busy(tmp_path, monkeypatch):
     program.write_text(f'#!/bin/sh\n{lines}\ntouch "$0.seen"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(real_run, "SECONDS_BETWEEN_SAMPLES", 0.01)
-    with real_run.watched_gpu("cuda") as figures:
+    monkeypatch.setattr(machine, "SECONDS_BETWEEN_SAMPLES", 0.01)
+    with machine.watched_gpu("cuda") as figures:
         time.sleep(0.5)
     assert figures.pop("samples") > 1
     assert figures == {"clock_mhz": 1980, "watts": 612, "peak_mib": 40000}
-    with real_run.watched_gpu("cpu") as figures:
+    with machine.watched_gpu("cpu") as figures:
         time.sleep(0.05)
     assert figures == {}

@@ -1,0 +1,50 @@
+"""bench/mfu.py: it runs, and what it counts is what the formulas say."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from engine.config import model_from_descriptor
+from tests.conftest import ROOT
+
+B, T, V = 2, 32, 200
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mfu")
+    command = [sys.executable, "bench/mfu.py", *"-e l2h2c64 --device cpu --warm-up 0.2 --seconds 0.5".split()]
+    sizes = ["-b", str(B), "-t", str(T), "--vocabulary", str(V)]
+    outputs = ["--json", str(folder / "mfu.json"), "--png", str(folder / "mfu.png")]
+    result = subprocess.run([*command, *sizes, *outputs], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads((folder / "mfu.json").read_text())
+    assert f"{found['tokens_per_second']:,.0f} tokens/s" in result.stdout
+    if "matplotlib" in found["versions"]:
+        assert (folder / "mfu.png").stat().st_size > 5000
+    return found
+
+
+def test_the_products_that_it_counts_are_those_of_the_model(figures):
+    """Three for each weight and token; of attention two forward and five backward, over the keys that a query sees."""
+    config = model_from_descriptor("l2h2c64", V, T)
+    weights = 12 * config.L * config.C**2 + config.Vp * config.C
+    attention = 7 * 2 * config.L * config.C * B * T * (T + 1) / 2
+    assert sum(row["flops"] for row in figures["operations"]) == 6 * weights * B * T + attention
+
+
+def test_tokens_and_mfu_follow_from_the_time(figures):
+    config = model_from_descriptor("l2h2c64", V, T)
+    per_second = B * T / figures["ms"] * 1000
+    assert figures["tokens_per_second"] == pytest.approx(per_second)
+    assert figures["peak_flops"] is None
+    for formula, causal in (("6N+6LCT", True), ("6N+12LCT", False)):
+        expected = per_second * config.flops_per_token(T, causal=causal) / figures["measured_flops"]
+        assert figures["mfu"][formula] == pytest.approx(expected)
+
+
+def test_every_operation_is_there(figures):
+    names = {row["name"].split()[0] for row in figures["operations"]}
+    assert {"linear.forward", "attention.backward", "layernorm.backward", "adamw.update", "guard.decide"} <= names
+    assert all(row["ms"] > 0 for row in figures["operations"])
