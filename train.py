@@ -159,6 +159,7 @@ def train_step(t: Training, step: int) -> float:
     if run.overfit:
         t.loader.rewind()
     t.model.zero_grads()
+    t.zero.begin()
     t.lane_losses.fill(0)
     for micro_step in range(micro_steps):
         t.watchdog.enter("data", step)
@@ -166,8 +167,8 @@ def train_step(t: Training, step: int) -> float:
         t.watchdog.enter("forward and backward", step)
         t.model.forward(inp)
         lane = micro_step % lanes
-        finished = t.zero.reduce if micro_step == micro_steps - 1 else nothing
-        losses = t.model.backward(inp, targets, 1 / (t.samples_per_step * run.T), lane, on_ready=finished)
+        when_ready = t.zero.when_ready(last=micro_step == micro_steps - 1)
+        losses = t.model.backward(inp, targets, 1 / (t.samples_per_step * run.T), lane, on_ready=when_ready)
         t.ops.classifier.add_mean(t.lane_losses[lane : lane + 1].reshape(()), losses, lanes / micro_steps)
     everyones = t.comm.gather(t.lane_losses).reshape(-1)
     t.ops.scalars.total(t.loss, everyones, everyones.size)
@@ -177,8 +178,8 @@ def train_step(t: Training, step: int) -> float:
     return lr
 
 
-def nothing(*_: Any) -> None:
-    """What happens to gradients that further micro-batches will add to."""
+def nothing() -> None:
+    """What there is to log before the first step."""
 
 
 def events(run: RunConfig) -> list[int]:

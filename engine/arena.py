@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -47,18 +48,31 @@ class Tensor:
         return math.prod(self.shape)
 
 
+Slots = Callable[[int], int]
+
+
+def own_slot(bucket: int) -> int:
+    """The slot of a bucket that has memory of its own."""
+    return bucket
+
+
 class Arena:
     """One zeroed allocation that holds `tensors` in their order.
 
-    Each bucket is padded so that it divides into `shares` equal parts.
+    Each bucket is padded so that it divides into `shares` equal parts; those of one slot take the same memory by turns.
     views: name -> array. flat: the whole as one array, padding included, if all have one dtype (the padding is zero,
     and stays zero under every operation on flat buffers). buckets: the slice of flat that each bucket takes.
     """
 
-    def __init__(self, tensors: Iterable[Tensor], zeros: Callable[[tuple[int, ...], Any], Array], shares: int = 1):
+    def __init__(
+        self,
+        tensors: Iterable[Tensor],
+        zeros: Callable[[tuple[int, ...], Any], Array],
+        shares: int = 1,
+        slots: Slots = own_slot,
+    ):
         self.tensors = tuple(tensors)
-        self._places = _places(self.tensors, shares)
-        self.nbytes = memory_of(self.tensors, shares)
+        self._places, self._bucket_places, self.nbytes = _lay_out(self.tensors, shares, slots)
         self._bytes = zeros((self.nbytes,), np.uint8)
         self.views = {tensor.name: self.view(tensor) for tensor in self.tensors}
 
@@ -68,10 +82,8 @@ class Arena:
 
     @property
     def buckets(self) -> list[slice]:
-        ends: dict[int, int] = {}
-        for tensor in self.tensors:
-            ends[tensor.bucket] = self._places[tensor.name][1] // np.dtype(self._dtype).itemsize
-        return [slice(start, end) for start, end in zip([0, *ends.values()], ends.values(), strict=False)]
+        itemsize = np.dtype(self._dtype).itemsize
+        return [slice(start // itemsize, end // itemsize) for start, end in self._bucket_places.values()]
 
     def view(self, tensor: Tensor) -> Array:
         """The memory of the tensor of this name, seen with another (smaller) shape."""
@@ -95,17 +107,36 @@ class Arena:
         return dtype
 
 
-def memory_of(tensors: Iterable[Tensor], shares: int = 1) -> int:
+def memory_of(tensors: Iterable[Tensor], shares: int = 1, slots: Slots = own_slot) -> int:
     """Bytes of an arena of these tensors."""
-    return max((end for _, end in _places(tuple(tensors), shares).values()), default=0)
+    return _lay_out(tuple(tensors), shares, slots)[2]
 
 
-def _places(tensors: tuple[Tensor, ...], shares: int) -> dict[str, tuple[int, int]]:
-    """(start, end) in bytes of each tensor, padding included: aligned, and a bucket's last one up to equal shares."""
-    places: dict[str, tuple[int, int]] = {}
-    regions: dict[str, tuple[int, int]] = {}
-    bucket_start = start = 0
-    for tensor, following in zip(tensors, (*tensors[1:], None), strict=True):
+Place = tuple[int, int]  # (start, end) in bytes
+
+
+def _lay_out(tensors: tuple[Tensor, ...], shares: int, slots: Slots) -> tuple[dict[str, Place], dict[int, Place], int]:
+    """Where each tensor lies, padding included, where each bucket lies, and the bytes of all."""
+    within = {bucket: _bucket(list(members), shares) for bucket, members in groupby(tensors, lambda t: t.bucket)}
+    sizes: dict[int, int] = {}
+    for bucket, (_, size) in within.items():
+        sizes[slots(bucket)] = max(size, sizes.get(slots(bucket), 0))
+    starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    places: dict[str, Place] = {}
+    buckets: dict[int, Place] = {}
+    for bucket, (members, size) in within.items():
+        base = starts[slots(bucket)]
+        buckets[bucket] = (base, base + size)
+        places |= {name: (base + start, base + end) for name, (start, end) in members.items()}
+    return places, buckets, sum(sizes.values())
+
+
+def _bucket(tensors: list[Tensor], shares: int) -> tuple[dict[str, Place], int]:
+    """Where each tensor of a bucket lies in it, aligned, the last one up to equal shares; and the bucket's bytes."""
+    places: dict[str, Place] = {}
+    regions: dict[str, Place] = {}
+    start = 0
+    for tensor in tensors:
         if tensor.region in regions:
             places[tensor.name] = regions[tensor.region]
             continue
@@ -113,14 +144,14 @@ def _places(tensors: tuple[Tensor, ...], shares: int) -> dict[str, tuple[int, in
         sharing = [other for other in tensors if other.region == tensor.region] if tensor.region else [tensor]
         assert all(other.dtype == tensor.dtype for other in sharing)
         end = start + max(_round_up(other.size, ALIGNMENT) for other in sharing) * itemsize
+        places[tensor.name] = (start, end)
         if tensor.region:
             regions[tensor.region] = (start, end)
-        if following is None or following.bucket != tensor.bucket:
-            end = bucket_start + _round_up(end - bucket_start, shares * ALIGNMENT * itemsize)
-            bucket_start = end
-        places[tensor.name] = (start, end)
         start = end
-    return places
+    size = _round_up(start, shares * ALIGNMENT * np.dtype(tensors[-1].dtype).itemsize)
+    if not tensors[-1].region:
+        places[tensors[-1].name] = (places[tensors[-1].name][0], size)
+    return places, size
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -277,6 +277,8 @@ class RunConfig:
     def _contradictions(self) -> list[str]:
         """Options that are fine alone but not together."""
         problems = self._indivisible(world=1)
+        if self.lanes and self.zero_stage == 2:
+            problems.append(f"--lanes {self.lanes} keeps whole gradients apart, and -z 2 does not keep them; take -z 1")
         if self.resume and not self.out_dir:
             problems.append("-y 1 goes on from a checkpoint in -o, which is not given")
         if self.checkpoint_every and not self.out_dir:

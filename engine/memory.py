@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 
-from engine.arena import memory_of
+from engine.arena import Tensor, memory_of
 from engine.config import GPT2Config, RunConfig
 from engine.errors import OutOfMemoryError
 from engine.launcher import ranks_on_this_machine
@@ -24,6 +24,7 @@ def memory_by_class(
     """
     one, two = (_bytes_of_tables(run, replace(config, L=L), dev, world) for L in (1, 2))
     tables = {name: one[name] + (config.L - 1) * (two[name] - one[name]) for name in one}
+    tables["gradients"] += _gradients_by_turns(run, replace(config, L=min(config.L, 2)), dev, world)
     return tables | {"scratch": operations.scratch_bytes(config.dims() | {"B": run.B, "T": run.T})}
 
 
@@ -32,7 +33,6 @@ def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType, world:
     shares = run.lanes or world
     in_fp32 = gpt2.parameter_tensors(config, np.float32)
     has_masters = run.master_weights and dev.COMPUTE_DTYPE != np.float32
-    gradients = in_fp32 if run.grad_dtype == "fp32" else parameters
     activations = gpt2.activation_tensors(
         config,
         B=run.B,
@@ -43,10 +43,23 @@ def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType, world:
     )
     return {
         "parameters": memory_of(parameters, shares),
-        "gradients": run.lanes_per_rank(world) * memory_of(gradients, shares),
+        "gradients": run.lanes_per_rank(world)
+        * memory_of(_gradient_tensors(run, config, dev), shares)
+        // (world if run.zero_stage == 2 else 1),
         "optimizer": (2 + has_masters) * memory_of(in_fp32, shares) // (world if run.zero_stage else 1),
         "activations": memory_of(activations),
     }
+
+
+def _gradient_tensors(run: RunConfig, config: GPT2Config, dev: ModuleType) -> list[Tensor]:
+    return gpt2.parameter_tensors(config, np.float32 if run.grad_dtype == "fp32" else dev.COMPUTE_DTYPE)
+
+
+def _gradients_by_turns(run: RunConfig, config: GPT2Config, dev: ModuleType, world: int) -> int:
+    """Where gradients are sharded, what backward writes before they are: of two layers, however many there are."""
+    if run.zero_stage < 2 or world == 1:
+        return 0
+    return memory_of(_gradient_tensors(run, config, dev), world, gpt2.slots_by_turns)
 
 
 def require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType, operations: ModuleType, world: int) -> None:

@@ -46,7 +46,6 @@ class AdamW:
     def __init__(
         self,
         params: Arena,
-        grads: Arena,
         decayed: set[str],
         zero: Zero,
         run: RunConfig,
@@ -54,7 +53,7 @@ class AdamW:
         device: ModuleType,
         dtype: Any = np.float32,
     ):
-        self._params, self._grads, self._zero = params, grads, zero
+        self._params, self._zero = params, zero
         self._run, self._ops, self._device = run, ops, device
         self.m, self.v = device.zeros((zero.num_owned,), dtype), device.zeros((zero.num_owned,), dtype)
         has_masters = run.master_weights and params.flat.dtype != dtype
@@ -67,7 +66,7 @@ class AdamW:
         self.decision = ops.guard.Decision(*(device.zeros((), np.float64) for _ in ops.guard.Decision._fields))
 
     def step(self, t: int, lr: float, loss: Any) -> None:
-        """Update number t (from 1) of params from grads, unless the guard skips it; loss () is this step's mean.
+        """Update number t (from 1) of the parameters, unless the guard skips it; loss () is this step's mean.
 
         The gradients have been summed over the ranks; afterwards every rank has all parameters.
         """
@@ -90,7 +89,7 @@ class AdamW:
                 params if self.master is None else self.master[segment.owned],
                 self.m[segment.owned],
                 self.v[segment.owned],
-                self._grads.flat[segment.span],
+                self._zero.gradient(segment.span, segment.owned),
                 self.decision.clip,
                 self.decision.skip,
                 t=t,

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from engine import checkpoint, device, llmc_model, ops, shards, tokenizer
-from engine.arena import Arena
+from engine.arena import Arena, own_slot
 from engine.comm import Communicator, fingerprints
-from engine.config import LATER, GPT2Config, RunConfig, model_from_descriptor
+from engine.config import GPT2Config, RunConfig, model_from_descriptor
 from engine.data import Loader, Samples
 from engine.errors import CheckpointError, DataError, DesyncError, UsageError
 from engine.memory import memory_by_class, require_memory
@@ -143,8 +143,6 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
             raise UsageError(f"-x {steps} lies behind {saved.path}, which has {saved.step:,} steps: give a larger -x")
     if run.resume:
         say(f"resumed from {saved.path}" if saved else f"no checkpoint in {run.out_dir} yet: starting at step 0")
-    if comm.world > 1 and run.zero_stage == 2:
-        raise UsageError(f"-z 2: sharding the gradients too {LATER}; -z 1 shards the optimizer")
     if problem := operations.unsupported(config.C, config.HS):
         raise UsageError(f"-e {run.model}: {problem}. --device cpu runs any size")
     require_memory(run, config, dev, operations, comm.world)
@@ -159,11 +157,12 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         recompute=run.recompute,
         dtype=dev.COMPUTE_DTYPE,
         grad_dtype=np.float32 if run.grad_dtype == "fp32" else dev.COMPUTE_DTYPE,
+        grad_slots=gpt2.slots_by_turns if run.zero_stage == 2 and comm.world > 1 else own_slot,
         lanes=run.lanes_per_rank(comm.world),
         shares=run.lanes or comm.world,
     )
     zero = Zero(comm, model.params, model.lanes, run.zero_stage, dev)
-    optimizer = AdamW(model.params, model.grads, gpt2.decayed(config), zero, run, operations, dev)
+    optimizer = AdamW(model.params, gpt2.decayed(config), zero, run, operations, dev)
     if saved:
         optimizer.set_parameters(saved.tensors(gpt2.MODEL_FILE))
         optimizer.restore(saved.tensors(OPTIMIZER_FILE))

@@ -5,8 +5,11 @@ a bucket, its gradient is summed over the ranks, and each rank keeps the sum of 
 
 stage 0   the sums are gathered again: every rank has all moments and updates all parameters
 stage 1   a rank has the moments of its shares alone, and updates those; then the parameters are gathered
+stage 2   as 1, and a rank keeps the gradient of its shares alone: that of a bucket is summed over the ranks as soon as
+          a micro-batch has finished it, added to what the rank has, and its memory is used for another bucket
 
-Both do the same arithmetic, so they give the same bits.
+All do the same arithmetic, so they give the same bits; stage 2 with one micro-batch a step: with several, it adds up
+ranks first, and then micro-batches.
 
 Lanes make the bits independent of the number of ranks too. A lane is a gradient of its own: micro-batch j of a step
 goes into lane j mod lanes, and nothing is ever added across lanes but in one binary tree over all of them, whose every
@@ -14,6 +17,8 @@ node is rounded once, whoever computes it. There are as many shares as lanes, so
 partial sums, is the same for any number of ranks that divides the lanes. Without the option there is one lane a rank.
 """
 
+from collections.abc import Callable
+from itertools import accumulate
 from types import ModuleType
 
 from engine.arena import Arena, Array
@@ -24,31 +29,56 @@ class Zero:
     """The shares of this rank, and the exchanges around a step.
 
     lanes: of this rank, each the gradients of one lane; lane i of rank r is lane i * world + r of all. The first also
-    receives the sums. owned: the slices of the flat buffers that this rank updates.
+    receives the sums, but in stage 2: there is one lane then, whose buckets may take the same memory by turns. owned:
+    the slice of each bucket that this rank updates; owned_by_bucket: where it lies among all that this rank owns.
     """
 
     def __init__(self, comm: Communicator, params: Arena, lanes: list[Arena], stage: int, device: ModuleType):
         self._comm, self._params, self._lanes, self._stage = comm, params, lanes, stage
         self._device = device
-        self._shares = [share for bucket in params.buckets for share in _shares(bucket, comm, len(lanes))]
         self.owned = [_own(bucket, comm) for bucket in params.buckets] if stage >= 1 else params.buckets
-        most = max((bucket.stop - bucket.start for bucket in params.buckets), default=0)
+        ends = list(accumulate(_length(span) for span in self.owned))
+        self.owned_by_bucket = [slice(end - _length(span), end) for span, end in zip(self.owned, ends, strict=True)]
+        if self.shards_gradients:
+            assert len(lanes) == 1
+            self._shard = device.zeros((self.num_owned,), lanes[0].flat.dtype)
+            self._shares = self.owned_by_bucket
+        else:
+            self._shares = [share for bucket in params.buckets for share in _shares(bucket, comm, len(lanes))]
+        most = max(map(_length, params.buckets), default=0)
         self._received = [device.zeros((most,), params.flat.dtype) for _ in lanes] if comm.world > 1 else []
         self._partial_norms = device.zeros((len(self._shares),), "float64")
 
     @property
     def num_owned(self) -> int:
-        return sum(span.stop - span.start for span in self.owned)
+        return sum(map(_length, self.owned))
 
     @property
     def owns_all(self) -> bool:
         """Whether what this rank updates is the flat buffers from end to end."""
         return self.num_owned == self._params.flat.size
 
+    @property
+    def shards_gradients(self) -> bool:
+        """Whether this rank keeps the gradient of its own shares only."""
+        return self._stage == 2 and self._comm.world > 1
+
+    def begin(self) -> None:
+        """A step begins: nothing has been added up over ranks."""
+        if self.shards_gradients:
+            self._shard.fill(0)
+
+    def when_ready(self, last: bool) -> Callable[[int], None]:
+        """What happens to a bucket that a micro-batch has finished, the last one of its step or not."""
+        return self.reduce if last or self.shards_gradients else _nothing
+
+    def gradient(self, span: slice, owned: slice) -> Array:
+        """The summed gradient of a part of what this rank updates: of the flat buffers, and of owned elements."""
+        return self._shard[owned] if self.shards_gradients else self._lanes[0].flat[span]
+
     def reduce(self, bucket: int) -> None:
         """The gradient of a bucket, finished here in all lanes, becomes the sum over lanes: of this share, or all."""
-        span = self._params.buckets[bucket]
-        gradients = [lane.flat[span] for lane in self._lanes]
+        gradients = [lane.flat[lane.buckets[bucket]] for lane in self._lanes]
         if self._comm.world == 1:
             _add_in_a_tree(gradients)
             return
@@ -58,14 +88,19 @@ class Zero:
             self._comm.exchange(received, gradient.reshape(self._comm.world, -1))
             parts += list(received)
         _add_in_a_tree(parts)
-        self._lanes[0].flat[_own(span, self._comm)] = parts[0]
+        if self.shards_gradients:
+            self._shard[self.owned_by_bucket[bucket]] += parts[0]
+            gradients[0].fill(0)
+            return
+        gradients[0][_own(slice(0, gradients[0].size), self._comm)] = parts[0]
         if self._stage == 0:
             self._comm.all_gather(gradients[0])
 
     def norm_squared(self, out: Array, ops: ModuleType) -> None:
         """out () = the sum of the squares of the whole gradient: of each share, then their exact sum."""
+        summed = self._shard if self.shards_gradients else self._lanes[0].flat
         for part, share in enumerate(self._shares):
-            ops.norm.squared(self._partial_norms[part : part + 1].reshape(()), self._lanes[0].flat[share])
+            ops.norm.squared(self._partial_norms[part : part + 1].reshape(()), summed[share])
         ops.scalars.total(out, self._comm.gather(self._partial_norms).reshape(-1))
 
     def gather_parameters(self) -> None:
@@ -78,22 +113,25 @@ class Zero:
         """A flat buffer of all elements from each rank's `owned` ones (num_owned), in the order of the flat buffers."""
         if self.owns_all:
             return owned
-        flat, start = self._device.zeros((self._params.flat.size,), owned.dtype), 0
-        for span in self.owned:
-            size = span.stop - span.start
-            flat[span] = owned[start : start + size]
-            start += size
+        flat = self._device.zeros((self._params.flat.size,), owned.dtype)
+        for span, part in zip(self.owned, self.owned_by_bucket, strict=True):
+            flat[span] = owned[part]
         for bucket in self._params.buckets:
             self._comm.all_gather(flat[bucket])
         return flat
 
     def restore(self, owned: Array, flat: Array) -> None:
         """owned (num_owned) = this rank's elements of flat: the inverse of `whole`."""
-        start = 0
-        for span in self.owned:
-            size = span.stop - span.start
-            owned[start : start + size] = flat[span]
-            start += size
+        for span, part in zip(self.owned, self.owned_by_bucket, strict=True):
+            owned[part] = flat[span]
+
+
+def _nothing(bucket: int) -> None:
+    """What happens to gradients that further micro-batches will add to."""
+
+
+def _length(span: slice) -> int:
+    return span.stop - span.start
 
 
 def _own(bucket: slice, comm: Communicator) -> slice:

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from engine import device, ops
+from engine.arena import own_slot
 from engine.comm import connect, ending_together
 from engine.config import RunConfig
 from engine.data import Loader, Samples
-from engine.models.gpt2 import GPT2, decayed
+from engine.models.gpt2 import GPT2, decayed, slots_by_turns
 from engine.optimizer import AdamW
 from engine.shards import open_shard
 from engine.zero import Zero
@@ -25,23 +26,30 @@ with ending_together(comm):
     target, shard, stage = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     dev, operations = device.load("numpy"), ops.load("numpy")
     B = GLOBAL_BATCH // comm.world
-    model = GPT2(CONFIG, operations, dev, B=B, T=T, dtype=np.float64, statistic_dtype=np.float64, shares=comm.world)
+    model = GPT2(
+        *(CONFIG, operations, dev),
+        **{"B": B, "T": T, "dtype": np.float64, "statistic_dtype": np.float64, "shares": comm.world},
+        grad_slots=slots_by_turns if stage == 2 else own_slot,
+    )
     make_parameters(CONFIG, model.params.views)
     zero = Zero(comm, model.params, model.lanes, stage, dev)
     run = RunConfig(B=B, T=T, weight_decay=0.1)
-    optimizer = AdamW(model.params, model.grads, decayed(CONFIG), zero, run, operations, dev, np.float64)
+    optimizer = AdamW(model.params, decayed(CONFIG), zero, run, operations, dev, np.float64)
     loader = Loader(Samples([open_shard(shard)], T), B, seed=1, rank=comm.rank, world=comm.world)
     results = {}
     for step in range(STEPS):
         inp, targets = loader.next()
         model.zero_grads()
+        zero.begin()
         model.forward(inp)
-        losses = model.backward(inp, targets, 1 / (GLOBAL_BATCH * T), on_ready=zero.reduce)
+        losses = model.backward(inp, targets, 1 / (GLOBAL_BATCH * T), on_ready=zero.when_ready(last=True))
         if step == 0:
-            whole = model.grads.flat.copy()
-            for bucket in model.grads.buckets:
+            whole = np.zeros_like(model.params.flat)
+            for own, part in zip(zero.owned, zero.owned_by_bucket, strict=True):
+                whole[own] = zero.gradient(own, part)
+            for bucket in model.params.buckets if stage else []:
                 comm.all_gather(whole[bucket])
-            results |= {f"grad.{name}": view.copy() for name, view in model.grads.split(whole).items()}
+            results |= {f"grad.{name}": view.copy() for name, view in model.params.split(whole).items()}
         loss = np.array(comm.gather(losses.mean()).mean())
         optimizer.step(step + 1, 1e-2, loss)
         results[f"loss.{step}"] = loss

@@ -2,7 +2,8 @@
 
 import pytest
 
-from engine import device
+from engine import device, ops
+from engine.device import cuda
 from engine.errors import UsageError
 from tests.conftest import TINY, data, run_command
 
@@ -62,3 +63,21 @@ def test_a_gpu_that_is_not_there_is_a_usage_error(shards_dir, tmp_path):
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("usage error (exit 2): --device cuda: ")
     assert "--device cpu" in result.err
+
+
+@pytest.mark.parametrize(
+    ("C", "HS", "limit", "words"),
+    [
+        (768, 64, 99 << 10, ""),
+        (768, 128, 227 << 10, ""),
+        (768, 128, 99 << 10, "shared memory"),
+        (768, 48, 227 << 10, "heads of 16, 32, 64"),
+        (16384, 128, 227 << 10, "up to 8192 channels"),
+    ],
+)
+def test_models_that_have_no_kernel_are_known_before_the_first_step(monkeypatch, C, HS, limit, words):
+    """99 KB a block is what consumer GPUs give, 163 KB an A100 and 227 KB an H100."""
+    monkeypatch.setattr(cuda, "shared_memory_limit", lambda: limit)
+    problem = ops.load("cuda").unsupported(C, HS)
+    assert words in problem
+    assert bool(problem) == bool(words)

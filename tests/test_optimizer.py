@@ -32,7 +32,7 @@ def make(seed: int = 0, dtype=np.float32, **options) -> tuple[AdamW, Arena, Aren
         for view in arena.views.values():
             view[...] = rng.normal(size=view.shape)
     zero = Zero(OneRank(), params, [grads], 0, NUMPY)
-    optimizer = AdamW(params, grads, decayed(CONFIG), zero, RunConfig(**options), OPS, NUMPY, dtype)
+    optimizer = AdamW(params, decayed(CONFIG), zero, RunConfig(**options), OPS, NUMPY, dtype)
     return optimizer, params, grads
 
 

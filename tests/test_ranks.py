@@ -79,7 +79,7 @@ def in_float64(world: int, stage: int, shards_dir: Path, folder: Path) -> dict[s
         return dict(arrays)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_gradients_and_parameters_are_those_of_one_rank(world, stage, shards_dir, tmp_path, one_rank_in_float64):
     """In float64, to 1e-12 of each tensor's largest: ranks add up in another order, and nothing else differs.
@@ -111,12 +111,15 @@ def test_the_run_is_that_of_one_rank(world, shards_dir, tmp_path):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_both_stages_and_every_repetition_give_the_same_bits(world, shards_dir, tmp_path):
-    for name, stage in (("a", 0), ("b", 1), ("c", 1)):
-        trained(world, *data(shards_dir), "-o", tmp_path / name, "-z", stage, "-n", 8)
-    assert tensors(tmp_path / "a") == tensors(tmp_path / "b") == tensors(tmp_path / "c")
-    logs = [(tmp_path / name / "main.log").read_text() for name in "abc"]
-    assert logs[0] == logs[1] == logs[2]
+def test_all_stages_and_every_repetition_give_the_same_bits(world, shards_dir, tmp_path):
+    """Four layers, so that in stage 2 layers take the same memory by turns."""
+    size = ("-e", "l4h2c16")
+    for name, stage in (("a", 0), ("b", 1), ("c", 1), ("d", 2)):
+        trained(world, *data(shards_dir), *size, "-o", tmp_path / name, "-z", stage, "-n", 8)
+    first, *others = (tensors(tmp_path / name) for name in "abcd")
+    assert all(other == first for other in others)
+    logs = [(tmp_path / name / "main.log").read_text() for name in "abcd"]
+    assert logs.count(logs[0]) == 4
 
 
 @pytest.mark.parametrize("B", [3, 1], ids=["one micro-batch a lane", "three micro-batches a lane"])
@@ -146,10 +149,11 @@ def test_lanes_that_do_not_fit_are_refused(shards_dir):
         assert words in result.err
 
 
-def test_accumulation_on_several_ranks(shards_dir, tmp_path):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_accumulation_on_several_ranks(stage, shards_dir, tmp_path):
     """Two ranks with three micro-batches each see the step that one rank sees whole."""
     trained(1, *data(shards_dir), "-o", tmp_path / "one")
-    assert run(2, *OPTIONS, *data(shards_dir), "-b", 4, "-o", tmp_path / "many", "-z", 1).code == 0
+    assert run(2, *OPTIONS, *data(shards_dir), "-b", 4, "-o", tmp_path / "many", "-z", stage).code == 0
     one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
     assert many[0, "train"] == pytest.approx(one[0, "train"], rel=1e-6)
 
@@ -197,7 +201,7 @@ def test_only_rank_0_speaks(shards_dir, tmp_path):
     ("options", "code", "words"),
     [
         (("-i", "nothing.bin", "-v", 0), 3, "nothing.bin"),
-        (("-z", 2), 2, "-z 2"),
+        (("-z", 2, "--lanes", 2), 2, "-z 2"),
         (("-b", 7), 2, "-b 7 x"),
         (("-b", 24), 2, "2 ranks x -b 24"),
         (("-b", 0), 2, "-b must be"),

@@ -255,7 +255,7 @@ def training_in_float64(folder: Path, run: RunConfig) -> Training:
         ops=operations,
         model=model,
         zero=zero,
-        optimizer=AdamW(model.params, model.grads, gpt2.decayed(config), zero, run, operations, dev, np.float64),
+        optimizer=AdamW(model.params, gpt2.decayed(config), zero, run, operations, dev, np.float64),
         loader=Loader(samples, run.B, seed=run.seed),
         val=None,
         tokenizer=None,

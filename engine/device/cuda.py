@@ -111,6 +111,13 @@ def compute_capability() -> int:
     return int(cupy.cuda.Device().compute_capability)
 
 
+def shared_memory_limit() -> int:
+    """Bytes of shared memory that a block may have."""
+    from cupy.cuda import Device, runtime
+
+    return runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, Device().id)
+
+
 def describe() -> str:
     """The GPU, for the plan of a run."""
     import cupy

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from engine.disk import sync
 from engine.errors import UserError
 
 SOURCES = Path(__file__).parent.parent.parent / "kernels_cu"
@@ -250,6 +251,7 @@ def _write(path: Path, content: bytes) -> None:
     """Whole or not at all: a process that is killed here must not leave half a binary under the name of a whole one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
+    sync(temporary)
     temporary.replace(path)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.arena import Arena, Array, Tensor, shape_of
+from engine.arena import Arena, Array, Slots, Tensor, own_slot, shape_of
 from engine.config import GPT2Config
 from engine.models.torch_random import TorchGenerator
 
@@ -125,6 +125,15 @@ def parameter_table(config: GPT2Config) -> Iterator[tuple[str, Parameter, int]]:
         yield line.name, line, config.L
 
 
+def slots_by_turns(bucket: int) -> int:
+    """Memory for gradients that are taken away as soon as they are ready: two layers' by turns, and the embedding's.
+
+    Two, because a layer's backward gives the first gradient of the layer below; the embedding is also the classifier,
+    whose gradient comes first, and is ready last.
+    """
+    return 0 if bucket == 0 else 1 + bucket % 2
+
+
 def parameter_tensors(config: GPT2Config, dtype: Any) -> list[Tensor]:
     """The parameter table resolved: also that of gradients, moments and masters, each in its dtype."""
     dims = config.dims()
@@ -174,7 +183,8 @@ class GPT2:
 
     params: arena of the parameter table, whose buckets divide into `shares` parts. lanes: arenas like it for gradients,
     which accumulate over backward calls until `zero_grads`; grads is the first, and most runs have no other. They are
-    of grad_dtype, if that is given, else of dtype, as the activations are.
+    of grad_dtype, if that is given, else of dtype, as the activations are. With grad_slots=slots_by_turns on_ready must
+    take a bucket's gradients away, and leave zeros.
     """
 
     def __init__(
@@ -189,13 +199,14 @@ class GPT2:
         dtype: Any = np.float32,
         statistic_dtype: Any = np.float32,
         grad_dtype: Any = None,
+        grad_slots: Slots = own_slot,
         lanes: int = 1,
         shares: int = 1,
     ):
         self.config, self.ops, self.recompute = config, ops, recompute
         self.params = Arena(parameter_tensors(config, dtype), device.zeros, shares)
         gradients = parameter_tensors(config, grad_dtype or dtype)
-        self.lanes = [Arena(gradients, device.zeros, shares) for _ in range(lanes)]
+        self.lanes = [Arena(gradients, device.zeros, shares, grad_slots) for _ in range(lanes)]
         self.grads = self.lanes[0]
         self._activation_options = {
             "recompute": recompute,

@@ -43,6 +43,9 @@ def unsupported(C: int, HS: int) -> str:
     if HS not in attention.HEAD_SIZES:
         sizes = ", ".join(map(str, attention.HEAD_SIZES))
         return f"attention has kernels for heads of {sizes} channels, not of {HS}"
+    needed, limit = max(attention.shared_bytes(HS).values()), cuda.shared_memory_limit()
+    if needed > limit:
+        return f"attention with heads of {HS} takes {needed:,} bytes of shared memory, this GPU gives {limit:,}"
     if layernorm.MAX_C < C:
         return f"layernorm has kernels for up to {layernorm.MAX_C} channels, not {C}"
     return ""

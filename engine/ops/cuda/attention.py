@@ -34,20 +34,25 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array) -> No
     _launch("attention_backward_q", B, NH, T, HS, dqkv, dout, qkv, lse, D)
 
 
-def _launch(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) -> None:
-    """A kernel with a block for each ROWS rows of a head, and with at most 5 or 6 tiles of rows in shared memory."""
+def shared_bytes(HS: int) -> dict[str, int]:
+    """What a block of each kernel takes for its rows of q, k, v and dout, two steps' of those that it goes through."""
     query_step = 32 if HS > 64 else 64
-    tiles = {
+    rows = {
         "attention_forward": 5 * ROWS,
         "attention_backward_kv": 2 * ROWS + 4 * query_step,
         "attention_backward_q": 6 * ROWS,
     }
+    return {name: count * (HS + 8) * 2 for name, count in rows.items()}
+
+
+def _launch(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) -> None:
+    """A kernel with a block for each ROWS rows of a head."""
     kernels.launch(
         "attention",
         name,
         (blocks(T, ROWS), NH, B),
         (THREADS,),
         *(*arrays, B, T, NH),
-        shared_bytes=tiles[name] * (HS + 8) * 2,
+        shared_bytes=shared_bytes(HS)[name],
         defines={"HS": HS},
     )
