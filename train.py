@@ -1,8 +1,8 @@
 """The story of a run: build, then loop { validate, sample, save, batch, forward, backward, step, log }."""
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,14 +105,17 @@ def train(t: Training, log: RunLog) -> int:
             return STOPPED_AND_SAVED if t.out_dir else STOPPED
 
         began = t.device.mark()
-        lr = train_step(t, step)
+        with steps_log.caught_up_on_failure():
+            lr = train_step(t, step)
         steps_log.done(step, lr, began)
     draw(t, log)
     return 0
 
 
 class StepsLog:
-    """What steps have done, in the log one step late: the device is given the next step before it is asked for this."""
+    """What steps have done, in the log: one step late where the device works alone, which is given the next step before
+    it is asked for this one.
+    """
 
     def __init__(self, t: Training, log: RunLog):
         self._t, self._log = t, log
@@ -125,6 +128,18 @@ class StepsLog:
         self._t.watchdog.enter("log", step)
         self.catch_up()
         self._late = partial(self._write, step, lr, results, began, ended)
+        if not self._t.device.WORKS_ALONE:
+            self.catch_up()
+
+    @contextmanager
+    def caught_up_on_failure(self) -> Iterator[None]:
+        """Whatever ends the run in here, the step before it was done, and is logged."""
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):
+                self.catch_up()
+            raise
 
     def catch_up(self) -> None:
         """Logs what has not been logged yet. NonFiniteError where waiting does not help any more."""

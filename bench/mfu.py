@@ -12,6 +12,7 @@ read once and an output written once; what is added to is read and written.
 
 import json
 import math
+import re
 import shlex
 import sys
 import time
@@ -29,11 +30,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.machine import machine, versions, watched_gpu
 from bench.step import Call, Recorded, make_step
 from engine import device, ops
-from engine.config import GPT2Config, model_from_descriptor
-from engine.errors import exit_on_user_error
+from engine.config import GPT2Config, RunConfig, model_from_descriptor
+from engine.errors import UsageError, exit_on_user_error
+from engine.memory import require_memory
 from engine.report import have_matplotlib
 
-# Dense bf16 TFLOP/s with fp32 accumulation, from NVIDIA's data sheets; the first name that fits counts.
+# Dense bf16 TFLOP/s with fp32 accumulation, from NVIDIA's data sheets.
 PEAKS = (
     ("H100 PCIe", 756.0),
     ("H100 NVL", 835.0),
@@ -141,8 +143,7 @@ def seconds_of(dev: ModuleType, function: Callable[[], Any], repeat: int) -> flo
 
 def measure_rates(dev: ModuleType, operations: ModuleType) -> Rates:
     """On random data: zeros are faster, for they cost less power."""
-    on_cpu = dev.COMPUTE_DTYPE == np.float32
-    n, size = (1024, 1 << 25) if on_cpu else (8192, 1 << 30)
+    n, size = (8192, 1 << 30) if dev.WORKS_ALONE else (1024, 1 << 25)
     rng = np.random.default_rng(0)
     a, b = (dev.to_device(rng.normal(size=(n, n)).astype(np.float32).astype(dev.COMPUTE_DTYPE)) for _ in range(2))
     out, source, target = dev.zeros((n, n), dev.COMPUTE_DTYPE), dev.zeros((size,), "uint8"), dev.zeros((size,), "uint8")
@@ -197,7 +198,11 @@ def main(
     backend = device.choose(wanted, 1, print)
     dev, operations = device.load(backend), ops.load(backend)
     config = model_from_descriptor(model, V, T)
-    operations.prepare(config.dims() | {"B": B, "T": T}, gelu_fusion)
+    run = RunConfig(model=model, B=B, T=T, recompute=recompute)
+    if problem := operations.unsupported(B, config.C, config.HS):
+        raise UsageError(f"-e {model}: {problem}")
+    require_memory(run, config, dev, operations, 1)
+    operations.prepare(config.dims() | {"B": B, "T": T}, gelu_fusion, dev.COMPUTE_DTYPE)
     recorded = Recorded(operations, dev)
     inp, targets = np.random.default_rng(0).integers(0, V, (2, B, T)).astype(np.int32)
     rates = measure_rates(dev, operations)
@@ -211,7 +216,7 @@ def main(
 
     ms = float(np.median(times)) * 1000
     name = machine(backend)
-    peak = next((peak * 1e12 for part, peak in PEAKS if part in name), None)
+    peak = peak_of(name)
     figures = {
         "command": "python bench/mfu.py " + shlex.join(sys.argv[1:]),
         "date": datetime.now().astimezone().isoformat(" ", "seconds"),
@@ -232,6 +237,12 @@ def main(
         json_path.write_text(json.dumps(figures, indent=1) + "\n")
     if png_path and have_matplotlib():
         draw(png_path, rows, ms, f"{model}, B={B}, T={T}: {ms:.1f} ms a step on {name.split(',')[0]}")
+
+
+def peak_of(name: str) -> float | None:
+    """FLOP/s by the data sheet of a GPU of this name; None for one that is not listed, whatever it is called after."""
+    found = (peak * 1e12 for part, peak in PEAKS if re.search(rf"\b{part}\b(?! (Ti|SUPER|D|Laptop)\b)", name))
+    return next(found, None)
 
 
 def mfu(config: GPT2Config, B: int, T: int, ms: float, peak: float) -> dict[str, float]:

@@ -112,6 +112,11 @@ def memory_of(tensors: Iterable[Tensor], shares: int = 1, slots: Slots = own_slo
     return _lay_out(tuple(tensors), shares, slots)[2]
 
 
+def largest_bucket(tensors: Iterable[Tensor], shares: int) -> int:
+    """Bytes of the largest bucket of an arena of these tensors."""
+    return max(end - start for start, end in _lay_out(tuple(tensors), shares, own_slot)[1].values())
+
+
 Place = tuple[int, int]  # (start, end) in bytes
 
 

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 
-from engine.arena import Tensor, memory_of
+from engine.arena import Tensor, largest_bucket, memory_of
 from engine.config import GPT2Config, RunConfig
 from engine.errors import OutOfMemoryError
 from engine.launcher import ranks_on_this_machine
@@ -25,14 +25,17 @@ def memory_by_class(
     one, two = (_bytes_of_tables(run, replace(config, L=L), dev, world) for L in (1, 2))
     tables = {name: one[name] + (config.L - 1) * (two[name] - one[name]) for name in one}
     tables["gradients"] += _gradients_by_turns(run, replace(config, L=min(config.L, 2)), dev, world)
-    return tables | {"scratch": operations.scratch_bytes(config.dims() | {"B": run.B, "T": run.T})}
+    if world > 1:  # what other ranks have for this one
+        tables["gradients"] += run.lanes_per_rank(world) * largest_bucket(_gradient_tensors(run, config, dev), world)
+    scratch = operations.scratch_bytes(config.dims() | {"B": run.B, "T": run.T})
+    return tables | {"scratch": scratch, "overhead": dev.OVERHEAD_BYTES}
 
 
 def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType, world: int) -> dict[str, int]:
     parameters = gpt2.parameter_tensors(config, dev.COMPUTE_DTYPE)
     shares = run.lanes or world
     in_fp32 = gpt2.parameter_tensors(config, np.float32)
-    has_masters = run.master_weights and dev.COMPUTE_DTYPE != np.float32
+    has_masters = run.master_weights and np.dtype(dev.COMPUTE_DTYPE) != np.float32
     activations = gpt2.activation_tensors(
         config,
         B=run.B,
@@ -65,7 +68,7 @@ def _gradients_by_turns(run: RunConfig, config: GPT2Config, dev: ModuleType, wor
 def require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType, operations: ModuleType, world: int) -> None:
     """OutOfMemoryError, with options that would fit, if the device has less for each rank than that needs."""
     memory = memory_by_class(run, config, dev, operations, world)
-    free = dev.available_bytes() // ranks_on_this_machine(os.environ)
+    free = dev.available_bytes() // (min(world, ranks_on_this_machine(os.environ)) if world > 1 else 1)
     if sum(memory.values()) <= free:
         return
     samples = run.samples_per_step(world) // world
@@ -83,5 +86,9 @@ def require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType, operatio
         f"{'a rank' if world > 1 else 'the run'} needs {sum(memory.values()) / 2**30:,.1f} GiB, "
         f"{free / 2**30:,.1f} GiB are free\n  "
         + ", ".join(f"{name} {nbytes / 2**30:,.1f}" for name, nbytes in memory.items())
-        + (f"\n  this fits, with the same result: {remedy}" if remedy else "\n  no -b fits: take a smaller model -e")
+        + (
+            f"\n  this fits, with the same steps but for rounding: {remedy}"
+            if remedy
+            else "\n  no -b fits: take a smaller model -e"
+        )
     )

@@ -143,11 +143,12 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
             raise UsageError(f"-x {steps} lies behind {saved.path}, which has {saved.step:,} steps: give a larger -x")
     if run.resume:
         say(f"resumed from {saved.path}" if saved else f"no checkpoint in {run.out_dir} yet: starting at step 0")
-    if problem := operations.unsupported(config.C, config.HS):
+    if problem := operations.unsupported(run.B, config.C, config.HS):
         raise UsageError(f"-e {run.model}: {problem}. --device cpu runs any size")
     require_memory(run, config, dev, operations, comm.world)
 
-    operations.prepare(config.dims() | {"B": run.B, "T": run.T}, run.gelu_fusion)
+    grad_dtype = np.float32 if run.grad_dtype == "fp32" else dev.COMPUTE_DTYPE
+    operations.prepare(config.dims() | {"B": run.B, "T": run.T}, run.gelu_fusion, grad_dtype)
     model = gpt2.GPT2(
         config,
         operations,
@@ -156,7 +157,7 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         T=run.T,
         recompute=run.recompute,
         dtype=dev.COMPUTE_DTYPE,
-        grad_dtype=np.float32 if run.grad_dtype == "fp32" else dev.COMPUTE_DTYPE,
+        grad_dtype=grad_dtype,
         grad_slots=gpt2.slots_by_turns if run.zero_stage == 2 and comm.world > 1 else own_slot,
         lanes=run.lanes_per_rank(comm.world),
         shares=run.lanes or comm.world,
@@ -220,7 +221,7 @@ def plan(training: Training) -> str:
         + (" for each rank" if world > 1 else ""),
         f"output     {run.out_dir or 'none is kept (-o DIR keeps logs and checkpoints)'}",
     ]
-    on_cpu = training.device.COMPUTE_DTYPE == np.float32
+    on_cpu = not training.device.WORKS_ALONE
     idle = [
         flag
         for flag, differs in (
@@ -234,7 +235,7 @@ def plan(training: Training) -> str:
         if differs
     ]
     if idle:
-        lines.append(f"note       no effect here, on {'the CPU' if on_cpu else 'the GPU'}: {' '.join(idle)}")
+        lines.append(f"note       no effect here, on {training.device.NAME}: {' '.join(idle)}")
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ class Zero:
         else:
             self._shares = [share for bucket in params.buckets for share in _shares(bucket, comm, len(lanes))]
         most = max(map(_length, params.buckets), default=0)
-        self._received = [device.zeros((most,), params.flat.dtype) for _ in lanes] if comm.world > 1 else []
+        self._received = [device.zeros((most,), lane.flat.dtype) for lane in lanes] if comm.world > 1 else []
         self._partial_norms = device.zeros((len(self._shares),), "float64")
 
     @property

@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) layernorm_backward(
 extern "C" __global__ void layernorm_backward_sums(
     grad_t* __restrict__ dweight,       // (C)
     grad_t* __restrict__ dbias,         // (C)
-    grad_t* __restrict__ dinp_sum,      // (C)
+    grad_t* __restrict__ dinp_sum,      // (C) or null
     const float* __restrict__ partial,  // (blocks,3,C)
     int blocks, int C) {
     grad_t* const out = blockIdx.y == 0 ? dweight : blockIdx.y == 1 ? dbias : dinp_sum;

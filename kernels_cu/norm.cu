@@ -1,4 +1,4 @@
-// The sum of squares of a flat buffer, in two stages of fixed order: a sum for each block, then total.cu's.
+// The sum of squares of a flat buffer, in two stages of fixed order: a sum for each block, then scalars.cu's.
 //
 // variants: GRAD_FP32
 #include <common.cuh>

@@ -492,6 +492,25 @@ def test_classifier_is_stable(twin, shift):
     np.testing.assert_allclose(twin.get(losses), highest - target)
 
 
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_logits():
+    """The last rows lie beyond what 32 bits can index: they get what the same rows get at the beginning."""
+    if os.environ.get("SMALL_SIZES"):
+        pytest.skip("takes 4 GB")
+    rows, copies, V, Vp = 100, 430, 50257, 50304
+    assert rows * copies * Vp > 2**31
+    with on("gpu") as twin:
+        import cupy
+
+        some, targets = normal(rows, Vp) * 4, tokens(V, rows)
+        logits = cupy.tile(twin.put(some), (copies, 1)).reshape(1, rows * copies, Vp)
+        losses = twin.nan(1, rows * copies, dtype=F32)
+        CUDA.classifier.forward_backward(losses, logits, twin.put(np.tile(targets, copies), np.int32), V, 0.3)
+        for found in (losses[0], logits[0]):
+            np.testing.assert_array_equal(twin.get(found[:rows]), twin.get(found[-rows:]))
+        assert (twin.get(losses) > 0).all()
+
+
 @pytest.mark.parametrize("dtype", GRAD_DTYPES)
 def test_global_norm(twin, sizes, dtype):
     for n in sizes(8, 128, 40_000, None, 10_000_000):

@@ -1,5 +1,8 @@
 """Which device a run is on: what --device means, on machines with a GPU, without, and with a broken installation."""
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 
 from engine import device, ops
@@ -78,6 +81,69 @@ def test_a_gpu_that_is_not_there_is_a_usage_error(shards_dir, tmp_path):
 def test_models_that_have_no_kernel_are_known_before_the_first_step(monkeypatch, C, HS, limit, words):
     """99 KB a block is what consumer GPUs give, 163 KB an A100 and 227 KB an H100."""
     monkeypatch.setattr(cuda, "shared_memory_limit", lambda: limit)
-    problem = ops.load("cuda").unsupported(C, HS)
+    problem = ops.load("cuda").unsupported(4, C, HS)
     assert words in problem
     assert bool(problem) == bool(words)
+
+
+def pretend_packages(monkeypatch, *, capability="90", gpus=True, nvrtc=True, cublaslt=True, starts=True):
+    """CuPy and nvmath-python as they would be on a machine with a driver."""
+
+    def fails(*_):
+        raise OSError("lib.so: cannot open shared object file")
+
+    class CUDARuntimeError(Exception):
+        pass
+
+    def current():
+        if not starts:
+            raise CUDARuntimeError("cudaErrorNoDevice")
+        return SimpleNamespace(compute_capability=capability)
+
+    cupy = ModuleType("cupy")
+    cupy.cuda = SimpleNamespace(
+        nvrtc=SimpleNamespace(getVersion=(lambda: (13, 0)) if nvrtc else fails),
+        is_available=lambda: gpus,
+        Device=current,
+        runtime=SimpleNamespace(CUDARuntimeError=CUDARuntimeError),
+    )
+    bindings = ModuleType("nvmath.bindings")
+    bindings.cublasLt = SimpleNamespace(get_version=(lambda: 130100) if cublaslt else fails)
+    for name, module in (("cupy", cupy), ("nvmath", ModuleType("nvmath")), ("nvmath.bindings", bindings)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(device, "_has_driver", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ({}, ""),
+        ({"capability": "75"}, "compute capability 7.5"),
+        ({"gpus": False}, "finds no GPU"),
+        ({"nvrtc": False}, "cannot be loaded (lib.so"),
+        ({"cublaslt": False}, "cannot be loaded (lib.so"),
+        ({"starts": False}, "CUDA does not start (cudaErrorNoDevice)"),
+    ],
+)
+def test_why_a_gpu_cannot_train(monkeypatch, missing, words):
+    pretend_packages(monkeypatch, **missing)
+    problem = device.cuda_problem()
+    assert words in problem
+    assert bool(problem) == bool(words)
+
+
+def test_without_a_driver_nothing_else_is_asked(monkeypatch):
+    monkeypatch.setattr(device, "_has_driver", lambda: False)
+    assert device.cuda_problem() == "there is no NVIDIA driver"
+
+
+def test_without_cupy_the_remedy_is_told(monkeypatch):
+    monkeypatch.setattr(device, "_has_driver", lambda: True)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert 'pip install -e ".[cuda13]"' in device.cuda_problem()
+
+
+def test_a_batch_that_no_grid_holds_is_refused(monkeypatch):
+    monkeypatch.setattr(cuda, "shared_memory_limit", lambda: 227 << 10)
+    assert not ops.load("cuda").unsupported(65_535, 768, 64)
+    assert "-b 65,536" in ops.load("cuda").unsupported(65_536, 768, 64)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.device import kernels
-from engine.device.kernels import BF16, KernelError, Parameter, convert, signatures, target
+from engine.device.kernels import BF16, KernelError, Parameter, convert, read_source, signatures, target
 from tests.conftest import ROOT
 
 SOURCE = """
@@ -17,14 +17,14 @@ SOURCE = """
 extern "C" __global__ void __launch_bounds__(128) scale(
     bf16* __restrict__ out,        // (N,3C)
     const float* __restrict__ x,   // (N,HS)
-    grad_t* sums,                  // ()
+    grad_t* sums,                  // () or null
     long long n, int N, int C, float factor) {
     out[0] = x[0];
 }
 extern "C" __global__ void other(int* p,  // (2)
     unsigned q) {}
 """
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_90a", "sm_100a", "sm_120")
 SOURCES = sorted(kernels.SOURCES.glob("*.cu"))
 
 
@@ -44,7 +44,7 @@ def test_signatures_are_read_from_the_source():
     assert found["scale"] == (
         Parameter("out", "bf16", True, False, "N,3C"),
         Parameter("x", "float", True, True, "N,HS"),
-        Parameter("sums", "grad_t", True, False, ""),
+        Parameter("sums", "grad_t", True, False, "", True),
         Parameter("n", "long long"),
         Parameter("N", "int"),
         Parameter("C", "int"),
@@ -79,7 +79,7 @@ def arguments(**changed):
 def test_scalars_become_what_the_kernel_takes():
     converted = convert("scale", signatures(SOURCE)["scale"], arguments(), {"HS": 16})
     assert [value.dtype for value in converted[3:]] == [np.int64, np.int32, np.int32, np.float32]
-    nothing = convert("scale", signatures(SOURCE)["scale"], arguments(x=None), {"HS": 16})[1]
+    nothing = convert("scale", signatures(SOURCE)["scale"], arguments(sums=None), {"HS": 16})[2]
     assert nothing == 0
     assert nothing.dtype == np.uintp
 
@@ -91,6 +91,7 @@ def test_scalars_become_what_the_kernel_takes():
         ({"sums": aligned((), np.float32)}, "scale: sums must be bfloat16"),
         ({"out": aligned((4, 5), BF16)}, "scale: out must have 24 elements"),
         ({"N": 5}, "must have"),
+        ({"x": None}, "scale: x must not be null"),
         ({"x": aligned((16, 4), np.float32).T}, "scale: x is not contiguous"),
         ({"x": aligned((65,), np.float32)[1:].reshape(4, 16)}, "multiple of 16 bytes"),
         ({"n": 2**70}, "too large"),
@@ -129,14 +130,14 @@ def needs_nvrtc():
 def test_every_kernel_compiles_and_spills_nothing(path, architecture):
     """No GPU is needed. Prints registers (pytest -rP); those that are spilled go through memory, slowly."""
     needs_nvrtc()
-    source = path.read_text()
-    for defines in variants(source):
-        _, report = kernels.compile_source(path, architecture, defines)
+    source = read_source(path)
+    for defines in variants(source.text):
+        _, report = kernels.compile_source(source, architecture, defines)
         pattern = (
             r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) reg"
         )
         found = re.findall(pattern, report, re.DOTALL)
-        assert {name for name, *_ in found} == set(signatures(source))
+        assert {name for name, *_ in found} == set(signatures(source.text))
         for name, stores, loads, registers in found:
             print(f"{architecture} {path.name} {defines or ''} {name}: {registers} registers")
             assert stores == loads == "0", f"{name} {defines} spills {stores} bytes of registers"
@@ -147,7 +148,7 @@ def test_a_kernel_that_does_not_compile_says_what_the_compiler_says(tmp_path):
     path = tmp_path / "broken.cu"
     path.write_text('extern "C" __global__ void broken(int n) { n = undeclared; }')
     with pytest.raises(KernelError, match=r"(?s)broken\.cu does not compile for sm_80.*undeclared"):
-        kernels.compile_source(path, "sm_80", {})
+        kernels.compile_source(read_source(path), "sm_80", {})
 
 
 @pytest.fixture
@@ -165,21 +166,50 @@ def sources(tmp_path, monkeypatch):
     kernels.cache_dir.cache_clear()
 
 
+def compiled(path, capability="80", defines=None):
+    return kernels.compiled(read_source(path), capability, defines or {})
+
+
 def test_binaries_are_kept_by_all_that_changes_them(sources):
     needs_nvrtc()
     path = sources / "a.cu"
-    first = kernels.compiled(path, "80", {})
-    stamp = first.path.stat().st_mtime_ns
-    assert kernels.compiled(path, "80", {}) == first
-    assert first.path.stat().st_mtime_ns == stamp
-    assert first.path.read_bytes()[:4] == b"\x7fELF"
-    assert "registers" in first.report
-    others = [kernels.compiled(path, "90", {}).path, kernels.compiled(path, "80", {"GRAD_FP32": 1}).path]
+    first = compiled(path)
+    stamp = first.stat().st_mtime_ns
+    assert compiled(path) == first
+    assert first.stat().st_mtime_ns == stamp
+    assert first.read_bytes()[:4] == b"\x7fELF"
+    others = [compiled(path, "90"), compiled(path, "80", {"GRAD_FP32": 1})]
     (sources / "b.cuh").write_text("#define F 2.0f\n")
-    others.append(kernels.compiled(path, "80", {}).path)
+    others.append(compiled(path))
     path.write_text(path.read_text() + "\n")
-    others.append(kernels.compiled(path, "80", {}).path)
-    assert len({first.path, *others}) == 5
+    others.append(compiled(path))
+    assert len({first, *others}) == 5
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "no hash", "gone"])
+def test_what_is_damaged_in_the_cache_is_compiled_again(sources, damage):
+    needs_nvrtc()
+    cubin = compiled(sources / "a.cu")
+    whole = cubin.read_bytes()
+    if damage in ("empty", "cut"):
+        cubin.write_bytes(whole[: 100 if damage == "cut" else 0])
+    else:
+        (cubin if damage == "gone" else cubin.with_suffix(".sha256")).unlink()
+    assert compiled(sources / "a.cu") == cubin
+    assert cubin.read_bytes() == whole
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_run(sources, monkeypatch):
+    needs_nvrtc()
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kernels, "sync", full)
+    cubin = compiled(sources / "a.cu")
+    assert cubin.read_bytes()[:4] == b"\x7fELF"
+    assert kernels.cache_dir() not in cubin.parents
+    assert not [path for path in kernels.cache_dir().iterdir() if path.suffix != ".lock"]
 
 
 COMPILE = """
@@ -191,7 +221,7 @@ def counted(*args):
     print("compiled", flush=True)
     return compile_source(*args)
 kernels.compile_source = counted
-print(kernels.compiled(Path(sys.argv[1]), "80", {}).path)
+print(kernels.compiled(kernels.read_source(Path(sys.argv[1])), "80", {}))
 """
 
 
@@ -206,12 +236,24 @@ def test_ranks_share_one_compile(sources):
     assert len({lines[-1] for lines in outputs}) == 1
 
 
-def test_without_a_place_for_the_cache_a_temporary_one_is_taken(monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("BACKHAND_CACHE", str(tmp_path / "file"))
+@pytest.mark.parametrize("why", ["a file", "others can write", "no home"])
+def test_without_a_safe_place_for_the_cache_a_temporary_one_is_taken(monkeypatch, tmp_path, why):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("BACKHAND_CACHE", str(tmp_path / "base"))
+    if why == "a file":
+        (tmp_path / "base").write_text("")
+    elif why == "others can write":
+        (tmp_path / "base/backhand/kernels").mkdir(parents=True)
+        (tmp_path / "base/backhand/kernels").chmod(0o777)
+    else:
+        monkeypatch.delenv("BACKHAND_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", homeless)
     kernels.cache_dir.cache_clear()
     folder = kernels.cache_dir()
     kernels.cache_dir.cache_clear()
     assert folder.is_dir()
     assert tmp_path not in folder.parents
-    assert Path(folder).stat().st_mode & 0o077 == 0
+    assert folder.stat().st_mode & 0o077 == 0

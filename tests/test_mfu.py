@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from bench.mfu import peak_of
 from engine.config import model_from_descriptor
 from tests.conftest import ROOT
 
@@ -48,3 +49,23 @@ def test_every_operation_is_there(figures):
     names = {row["name"].split()[0] for row in figures["operations"]}
     assert {"linear.forward", "attention.backward", "layernorm.backward", "adamw.update", "guard.decide"} <= names
     assert all(row["ms"] > 0 for row in figures["operations"])
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3, driver 580", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3080 Ti", None),
+        ("AMD EPYC", None),
+    ],
+)
+def test_a_peak_is_that_of_the_very_gpu(name, teraflops):
+    assert peak_of(name) == (teraflops and teraflops * 1e12)

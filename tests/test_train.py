@@ -408,6 +408,48 @@ def read_until(process, text: str) -> str:
     pytest.fail(f"ended without {text!r}: {seen}{process.stderr.read()}")
 
 
+@pytest.mark.parametrize("works_alone", [False, True])
+def test_a_step_that_was_done_is_logged_whatever_ends_the_next(
+    train_here, few_shards_dir, tmp_path, monkeypatch, works_alone
+):
+    """Also where the log is one step late, as it is on a device that works alone."""
+    train_step = train.train_step
+
+    def failing(t, step):
+        if step == 3:
+            raise RuntimeError("planted")
+        return train_step(t, step)
+
+    monkeypatch.setattr(train, "train_step", failing)
+    monkeypatch.setattr(device.load("numpy"), "WORKS_ALONE", works_alone)
+    with pytest.raises(RuntimeError, match="planted"):
+        train.main.main(
+            [
+                "--device",
+                "cpu",
+                *map(str, (*data(few_shards_dir), *TINY, "-s", 0, "-v", 0, "-x", 9, "-o", tmp_path / "run")),
+            ],
+            standalone_mode=False,
+        )
+    lines = (tmp_path / "run/main.log").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["s:0", "s:1", "s:2"]
+
+
+def test_a_late_log_is_the_same_log(train_here, few_shards_dir, tmp_path, monkeypatch):
+    """Validations, samples and checkpoints stand where they stand otherwise, and the last step is not lost."""
+    options = (*data(few_shards_dir), *TINY, "-v", 2, "-m", 1, "-s", 3, "-g", 4, "-n", 4, "-x", 7)
+    for name, works_alone in (("now", False), ("late", True)):
+        monkeypatch.setattr(device.load("numpy"), "WORKS_ALONE", works_alone)
+        assert train_here(*options, "-o", tmp_path / name) == 0
+    now, late = ((tmp_path / name / "main.log").read_text() for name in ("now", "late"))
+    assert now == late
+    kinds = [
+        [(r["step"], r["kind"]) for r in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())]
+        for name in ("now", "late")
+    ]
+    assert kinds[0] == kinds[1]
+
+
 def test_killed_at_random_moments_the_run_is_the_same(few_shards_dir, train_here, tmp_path):
     """kill -9, five times; the moment lies up to a step's time after a checkpoint that chance chose."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -819,7 +861,7 @@ def test_the_remedy_for_too_little_memory_works(shards_dir, tmp_path, monkeypatc
     monkeypatch.setattr(device.load("numpy"), "available_bytes", lambda: 2 << 20)
     code, message = refused(*options, "-b", 64)
     assert code == 5
-    remedy = re.search(r"this fits, with the same result: (-b \d+ -d \d+ -r \d)", message)[1].split()
+    remedy = re.search(r"this fits, with the same steps but for rounding: (-b \d+ -d \d+ -r \d)", message)[1].split()
     assert train_here(*options, *remedy, "-o", tmp_path / "remedied") == 0
     assert int(remedy[1]) < 64
     assert losses(tmp_path / "remedied") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)

@@ -29,7 +29,7 @@ from tests import shim
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)
 EPS16 = 2.0**-8  # half a unit in the last place of bf16, relative: it has 8 binary digits
-EPS32 = 2.0**-23  # a whole one of fp32: what tensor cores, which truncate, lose in an addition
+EPS32 = 2.0**-23  # a whole one of fp32: what tensor cores, which truncate, may lose in an addition
 TINY = 2.0**-126  # below it, numbers have fewer digits
 GUARD = 512  # bytes on either side of an array
 GUARD_BYTE = 0xA5
@@ -49,7 +49,7 @@ def sum_error(n: int) -> float:
 
 def stored(exact: np.ndarray, before: np.ndarray | float, dtype: Any) -> np.ndarray:
     """The bound of a value that was `before` off when it was rounded to dtype."""
-    eps = EPS16 if np.dtype(dtype) == BF16 else EPS32
+    eps = EPS16 if np.dtype(dtype) == BF16 else EPS32 / 2
     return before + eps * (np.abs(exact) + before) + TINY
 
 
@@ -140,12 +140,12 @@ def on(name: str) -> Iterator[Twin]:
 class ShimModule:
     """A source of kernels on the CPU."""
 
-    def __init__(self, path: Any, defines: kernels.Defines, parameters: Any):
+    def __init__(self, source: kernels.Source, defines: kernels.Defines, parameters: Any):
         names = {
             name: ["const " * p.const + p.type + "*" * p.pointer for p in each] for name, each in parameters.items()
         }
         values = {key: str(value) for key, value in defines.items()}
-        self._module = shim.ShimModule(path, values, [kernels.SOURCES], names)
+        self._module = shim.ShimModule(source.path, values, [kernels.SOURCES], names)
 
     def launch(self, name: str, grid: Any, block: Any, shared_bytes: int, args: Any) -> None:
         three = [(*size, 1, 1)[:3] for size in (grid, block)]

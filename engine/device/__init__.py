@@ -48,9 +48,12 @@ def cuda_problem() -> str:
         return "there is no NVIDIA driver"
     try:
         import cupy
-        import nvmath.bindings.cublasLt  # noqa: F401
+        from nvmath.bindings import cublasLt
+
+        cupy.cuda.nvrtc.getVersion()
+        cublasLt.get_version()
     except Exception as error:  # a broken installation raises anything
-        return f'CuPy or nvmath-python cannot be loaded ({error}); pip install -e ".[cuda13]" (or cuda12)'
+        return f'CuPy, NVRTC or cublasLt cannot be loaded ({error}); pip install -e ".[cuda13]" (or cuda12)'
     try:
         if not cupy.cuda.is_available():
             return "CuPy finds no GPU"

@@ -20,6 +20,7 @@ WORKSPACE_BYTES = 32 << 20  # what NVIDIA advises for Hopper
 COMPUTE_32F = 68
 CUDA_TYPES = {np.dtype(np.float32): 0, BF16: 14}
 CANDIDATES = 8
+ALIGNMENT = 256  # bytes: what cublasLt chooses algorithms for unless it is told
 
 
 class Operation(NamedTuple):
@@ -72,7 +73,7 @@ def matmul(
     for other in (add, pre_gelu, dgelu):
         assert other is None or other.shape == out.shape
     for array in (out, a, b, add, bias, pre_gelu, dgelu):
-        assert array is None or array.flags.c_contiguous
+        assert array is None or (array.flags.c_contiguous and array.data.ptr % ALIGNMENT == 0)
     assert pre_gelu is None or bias is not None, "cublasLt's GELU comes with a bias"
     epilogue = ((pre_gelu, "GELU_AUX_BIAS"), (dgelu, "DGELU"), (bias, "BIAS"))
     name = next((name for array, name in epilogue if array is not None), "DEFAULT")
@@ -174,5 +175,6 @@ class _Library:
             self._handle, description, b, a, out, out, preference, CANDIDATES, found.ctypes.data, count.ctypes.data
         )  # fmt: skip
         lt.matmul_preference_destroy(preference)
-        assert count[0] > 0, f"cublasLt has no algorithm for {op}"
-        return Plan(description, a, b, out, found[:1]["algo"].copy())
+        usable = found[: count[0]][found[: count[0]]["state"] == 0]
+        assert len(usable), f"cublasLt has no algorithm for {op}"
+        return Plan(description, a, b, out, usable[:1]["algo"].copy())

@@ -1,6 +1,7 @@
 """The CUDA device: arrays are CuPy arrays, on the GPU that is current; everything is put on the current stream."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -8,7 +9,10 @@ import numpy as np
 
 from engine.errors import OutOfMemoryError
 
+NAME = "the GPU"
 COMPUTE_DTYPE = np.dtype(ml_dtypes.bfloat16)  # of parameters, gradients and activations in a run
+WORKS_ALONE = True  # whether it computes while the host goes on
+OVERHEAD_BYTES = 512 << 20  # of memory that a run takes besides its arrays: the code of kernels and of cublasLt
 
 Array = Any
 
@@ -17,21 +21,29 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> Array:
     """A zeroed array, aligned to 512 bytes. OutOfMemoryError says what was asked for and what is free."""
     import cupy
 
-    try:
+    with _taking(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize):
         return cupy.zeros(shape, dtype)
-    except cupy.cuda.memory.OutOfMemoryError as error:
-        asked = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        raise OutOfMemoryError(
-            f"the GPU has no {asked / 2**30:,.2f} GiB in one piece; {available_bytes() / 2**30:,.2f} GiB are free, "
-            "of which another program may have taken some since the start: take a smaller -b, or -r 2"
-        ) from error
 
 
 def to_device(host: np.ndarray) -> Array:
-    """host as an array of this device."""
+    """host as an array of this device. OutOfMemoryError as in zeros."""
     import cupy
 
-    return cupy.asarray(host)
+    with _taking(host.nbytes):
+        return cupy.asarray(host)
+
+
+@contextmanager
+def _taking(nbytes: int) -> Iterator[None]:
+    import cupy
+
+    try:
+        yield
+    except cupy.cuda.memory.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"the GPU has no {nbytes / 2**30:,.2f} GiB in one piece; {available_bytes() / 2**30:,.2f} GiB are free. "
+            "Another program may have taken some since the start: take a smaller -b, or -r 2"
+        ) from error
 
 
 def to_host(array: Array) -> np.ndarray:

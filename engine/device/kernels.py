@@ -13,14 +13,16 @@ in terms of the scalar parameters and of the -D definitions of the variant. A li
 for the instructions of that architecture alone, where the GPU has them.
 """
 
+import atexit
 import fcntl
 import hashlib
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,20 +60,28 @@ class KernelError(UserError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a kernel. shape: of a pointer, as written in the source ("N,3C"). const: what it points to."""
+    """One parameter of a kernel. Of a pointer: const, what it points to; shape, as written in the source ("N,3C");
+    nullable, if the source says "or null" behind that.
+    """
 
     name: str
     type: str
     pointer: bool = False
     const: bool = False
     shape: str = ""
+    nullable: bool = False
 
 
-class Binary(NamedTuple):
-    """A compiled source: where the cubin lies, and what the assembler said of registers and spills."""
+class Source(NamedTuple):
+    """A .cu file and the headers beside it, read once: what is hashed is what is compiled."""
 
     path: Path
-    report: str
+    text: str
+    headers: dict[str, str]
+
+
+def read_source(path: Path) -> Source:
+    return Source(path, path.read_text(), {header.name: header.read_text() for header in path.parent.glob("*.cuh")})
 
 
 def signatures(source: str) -> dict[str, tuple[Parameter, ...]]:
@@ -93,9 +103,9 @@ def _parameters(text: str) -> Iterator[Parameter]:
                 continue
             kind = " ".join(word for word in words[:-1] if word not in ("const", "*"))
             if "*" in words:
-                shape = re.match(r"\s*\(([\w,]*)\)", comment)
+                shape = re.match(r"\s*\(([\w,]*)\)( or null)?", comment)
                 assert shape, f"{words[-1]}: a pointer needs its shape in a comment behind it"
-                yield Parameter(words[-1], kind, True, "const" in words, shape[1])
+                yield Parameter(words[-1], kind, True, "const" in words, shape[1], bool(shape[2]))
             else:
                 yield Parameter(words[-1], kind)
 
@@ -108,7 +118,7 @@ def dtype_of(type_name: str, defines: Defines) -> np.dtype:
 
 
 def convert(name: str, parameters: Sequence[Parameter], args: Sequence[Any], defines: Defines) -> list[Any]:
-    """The arguments as the kernel takes them: scalars of its types, arrays that are what it expects, None as null.
+    """The arguments as the kernel takes them: scalars of its types, arrays that are what it expects, or None for null.
 
     Raises TypeError or ValueError, which name the kernel and the parameter, before anything is launched: a kernel that
     gets a wrong pointer or a scalar of another size computes nonsense in silence.
@@ -125,6 +135,8 @@ def convert(name: str, parameters: Sequence[Parameter], args: Sequence[Any], def
 
 def _array(name: str, p: Parameter, array: Any, defines: Defines, sizes: Mapping[str, Any]) -> Any:
     if array is None:
+        if not p.nullable:
+            raise TypeError(f"{name}: {p.name} must not be null")
         return np.uintp(0)
     dtype, size = dtype_of(p.type, defines), _size(p.shape, sizes)
     if array.dtype != dtype:
@@ -155,14 +167,14 @@ def address_of(array: Any) -> int:
 
 
 class Kernels:
-    """Every kernel of a folder of sources, compiled when it is first launched.
+    """Every kernel of a folder of sources, compiled when it is first asked for.
 
-    load(path of a source, definitions, its signatures) gives the module: something with
+    make(source, definitions, its signatures) gives the module: something with
     launch(kernel, grid, block, shared_bytes, converted arguments).
     """
 
-    def __init__(self, load: Callable[[Path, Defines, dict[str, tuple[Parameter, ...]]], Any]):
-        self._load = load
+    def __init__(self, make: Callable[[Source, Defines, dict[str, tuple[Parameter, ...]]], Any]):
+        self._make = make
         self._modules: dict[tuple, tuple[Any, dict[str, tuple[Parameter, ...]]]] = {}
 
     def launch(
@@ -177,38 +189,45 @@ class Kernels:
     ) -> None:
         """Kernel `name` of kernels_cu/`source`.cu, in the variant with these definitions, on the current stream."""
         defines = defines or {}
-        key = (source, *defines.items())
-        if key not in self._modules:
-            path = SOURCES / f"{source}.cu"
-            parameters = signatures(path.read_text())
-            self._modules[key] = self._load(path, defines, parameters), parameters
-        module, parameters = self._modules[key]
+        module, parameters = self.load(source, defines)
         module.launch(name, grid, block, shared_bytes, convert(name, parameters[name], args, defines))
 
+    def load(self, source: str, defines: Defines) -> tuple[Any, dict[str, tuple[Parameter, ...]]]:
+        """The module of kernels_cu/`source`.cu in this variant, and its signatures. May raise KernelError."""
+        key = (source, *sorted(defines.items()))
+        if key not in self._modules:
+            found = read_source(SOURCES / f"{source}.cu")
+            parameters = signatures(found.text)
+            self._modules[key] = self._make(found, defines, parameters), parameters
+        return self._modules[key]
 
-def compile_source(path: Path, architecture: str, defines: Defines) -> tuple[bytes, str]:
+
+def compile_source(source: Source, architecture: str, defines: Defines) -> tuple[bytes, str]:
     """(cubin, the assembler's report) of a source, by NVRTC: no GPU is needed, nor any header of CUDA's.
 
     Always a cubin, never PTX: a driver refuses the PTX of a newer compiler. Raises KernelError.
     """
     from cupy.cuda import nvrtc
 
-    program = nvrtc.createProgram(path.read_text(), path.name, (), ())
+    headers = [text.encode() for text in source.headers.values()], [name.encode() for name in source.headers]
+    program = nvrtc.createProgram(source.text, source.path.name, *headers)
     try:
-        nvrtc.compileProgram(program, _options(path, architecture, defines))
+        nvrtc.compileProgram(program, _options(architecture, defines))
         report = nvrtc.getProgramLog(program)
         # CuPy drops the last byte, as if it ended a string.
         return nvrtc.getCUBIN(program) + b"\0", report
     except nvrtc.NVRTCError as error:
-        raise KernelError(f"{path} does not compile for {architecture}:\n{nvrtc.getProgramLog(program)}") from error
+        raise KernelError(
+            f"{source.path} does not compile for {architecture}:\n{nvrtc.getProgramLog(program)}"
+        ) from error
     finally:
         nvrtc.destroyProgram(program)
 
 
-def _options(path: Path, architecture: str, defines: Defines) -> tuple[str, ...]:
+def _options(architecture: str, defines: Defines) -> tuple[str, ...]:
     # No -ftz or fast math: the numpy twins do not flush denormals either.
-    definitions = (f"-D{name}={value}" for name, value in defines.items())
-    return (f"-I{path.parent}", f"-arch={architecture}", "--std=c++17", *definitions, "-Xptxas=-v", "-lineinfo")
+    definitions = (f"-D{name}={value}" for name, value in sorted(defines.items()))
+    return (f"-arch={architecture}", "--std=c++17", *definitions, "-Xptxas=-v", "-lineinfo")
 
 
 def target(source: str, capability: str) -> str:
@@ -218,68 +237,92 @@ def target(source: str, capability: str) -> str:
     return special if asked and special in re.split(r"[ ,]+", asked[1]) else f"sm_{capability}"
 
 
-def compiled(path: Path, capability: str, defines: Defines) -> Binary:
-    """The binary of a source from the cache on disk, compiled if need be by one of the processes that ask for it."""
+def compiled(source: Source, capability: str, defines: Defines) -> Path:
+    """Where the binary of a source lies: in the cache, compiled if need be by one of the processes that ask for it.
+
+    A hash beside it tells whether it is whole. Where the cache can't be written any more it lies in a temporary folder.
+    """
     from cupy.cuda import nvrtc
 
-    architecture = target(path.read_text(), capability)
-    files = [path, *sorted(path.parent.glob("*.cuh"))]
-    parts = [nvrtc.getVersion(), *_options(Path(path.name), architecture, defines)]
-    key = hashlib.sha256("\n".join(map(str, parts)).encode() + b"".join(map(_content, files))).hexdigest()[:32]
-    cubin = cache_dir() / f"{path.stem}-{architecture}-{key}.cubin"
-    report = cubin.with_suffix(".txt")
+    architecture = target(source.text, capability)
+    parts = [*nvrtc.getVersion(), *_options(architecture, defines), source.text, *sorted(source.headers.items())]
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    cubin = cache_dir() / f"{source.path.stem}-{architecture}-{key}.cubin"
     with _locked(cubin.with_suffix(".lock")):
-        if not cubin.exists():
-            code, text = compile_source(path, architecture, defines)
-            _write(report, text.encode())
-            _write(cubin, code)
-    return Binary(cubin, report.read_text())
+        if not _is_whole(cubin):
+            code, _ = compile_source(source, architecture, defines)
+            try:
+                _write(cubin, code)
+                _write(cubin.with_suffix(".sha256"), hashlib.sha256(code).hexdigest().encode())
+            except OSError:
+                cubin = _temporary_folder() / cubin.name
+                cubin.write_bytes(code)
+    return cubin
 
 
-def _content(path: Path) -> bytes:
-    return f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes()
+def _is_whole(cubin: Path) -> bool:
+    try:
+        return hashlib.sha256(cubin.read_bytes()).hexdigest() == cubin.with_suffix(".sha256").read_text()
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+    """Alone among the processes that ask for the same. Without a lock where none can be made: then each compiles."""
+    try:
+        file = path.open("w")
+    except OSError:
+        yield
+        return
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a process that is killed here must not leave half a binary under the name of a whole one."""
+    """Whole or not at all. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    sync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @cache
 def cache_dir() -> Path:
-    """Where binaries are kept: $BACKHAND_CACHE, or the user's cache; else, if that can't be written, a temporary place.
+    """Where binaries are kept: backhand/kernels in $BACKHAND_CACHE or in the user's cache; else a temporary folder.
 
-    Never a folder that others can write in: what lies there is run.
+    Never in a folder that others can write in: what lies there is run.
     """
-    base = os.environ.get("BACKHAND_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "backhand" / "kernels"
-    try:
+    with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
+        base = os.environ.get("BACKHAND_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base).resolve() / "backhand" / "kernels"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        status = folder.stat()
+        if os.access(folder, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
             return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="backhand-kernels-"))
+    return _temporary_folder()
+
+
+@cache
+def _temporary_folder() -> Path:
+    """Of this process, which takes it away when it ends."""
+    folder = Path(tempfile.mkdtemp(prefix="backhand-kernels-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 class GpuModule:
     """A source on the GPU."""
 
-    def __init__(self, path: Path, defines: Defines, names: Iterable[str]):
+    def __init__(self, source: Source, defines: Defines, names: Iterable[str]):
         import cupy
 
         device = cupy.cuda.Device()
-        module = cupy.RawModule(path=str(compiled(path, device.compute_capability, defines).path))
+        module = cupy.RawModule(path=str(compiled(source, device.compute_capability, defines)))
         self._functions = {name: module.get_function(name) for name in names}
         self._shared = dict.fromkeys(self._functions, 48 << 10)  # what a block may have without asking
 

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 
 CGROUP = Path("/sys/fs/cgroup")
+NAME = "the CPU"
 COMPUTE_DTYPE = np.float32  # of parameters, gradients and activations in a run
+WORKS_ALONE = False  # whether it computes while the host goes on
+OVERHEAD_BYTES = 0  # of memory that a run takes besides its arrays
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -76,4 +79,4 @@ def seconds_between(start: float, end: float) -> float:
 
 def describe() -> str:
     """The device, for the plan of a run."""
-    return "the CPU"
+    return NAME

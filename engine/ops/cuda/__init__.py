@@ -7,8 +7,9 @@ put on the current stream, and nothing waits for it.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
-from engine.device import cublaslt, cuda
+from engine.device import cublaslt, cuda, kernels
 from engine.ops.cuda import (
     adamw,
     attention,
@@ -39,7 +40,12 @@ __all__ = [
 ]
 
 
-def unsupported(C: int, HS: int) -> str:
+MOST_SEQUENCES = 65_535  # in a grid's last dimension
+
+
+def unsupported(B: int, C: int, HS: int) -> str:
+    if MOST_SEQUENCES < B:
+        return f"a GPU takes up to {MOST_SEQUENCES:,} sequences at a time, not -b {B:,}"
     if HS not in attention.HEAD_SIZES:
         sizes = ", ".join(map(str, attention.HEAD_SIZES))
         return f"attention has kernels for heads of {sizes} channels, not of {HS}"
@@ -52,11 +58,34 @@ def unsupported(C: int, HS: int) -> str:
 
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:
-    return scratch.most_bytes(dims) + cublaslt.WORKSPACE_BYTES
+    return _most_scratch(dims) + cublaslt.WORKSPACE_BYTES
 
 
-def prepare(dims: Mapping[str, int], gelu_fusion: int) -> None:
-    """Takes the scratch memory. GELU is fused from Hopper on: before, cublasLt does it in a pass of its own, slowly."""
-    scratch.reserve(scratch.most_bytes(dims))
+def _most_scratch(dims: Mapping[str, int]) -> int:
+    """Operations run one after the other, so the one that asks for most says how much there must be."""
+    return max(op.scratch_bytes(dims) for op in (attention, embedding, layernorm, linear, norm)) + scratch.PADDING
+
+
+def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
+    """Compiles and loads every kernel of a run, so that no mistake in one, nor an edit, shows in the middle of it; and
+    takes the scratch memory. GELU is fused from Hopper on: before, cublasLt does it in a pass of its own, slowly.
+    """
+    grads = scratch.variant(grad_dtype)
+    for source, *variants in (
+        ("adamw", grads),
+        ("attention", {"HS": dims["C"] // dims["NH"]}),
+        ("classifier", {}),
+        ("embedding", {}, grads),
+        ("gelu", {}),
+        ("guard", {}),
+        ("layernorm", {}, layernorm.packs(dims["C"]) | grads),
+        ("linear", grads),
+        ("norm", grads),
+        ("sampling", {}),
+        ("scalars", {}),
+    ):
+        for defines in variants:
+            kernels.KERNELS.load(source, defines)
+    scratch.reserve(_most_scratch(dims))
     fastest = 2 if cuda.compute_capability() >= 90 else 0
     linear.gelu_fusion = fastest if gelu_fusion == -1 else gelu_fusion

@@ -30,22 +30,9 @@ def update(
 ) -> None:
     n, c = params.size, math.sqrt(1 - beta2**t)
     scalars = n, beta1, beta2, eps * c, lr * c / (1 - beta1**t), 1 - lr * weight_decay
-    grid, block = (blocks(n, 256 * 8),), (256,)
+    args: tuple[Any, ...]
     if master is params:
-        kernels.launch(
-            "adamw",
-            "adamw_update_without_master",
-            grid,
-            block,
-            *(params, m, v, grads, clip, skip, *scalars, seed, t, stream, first),
-            defines=variant(grads),
-        )
+        name, args = "adamw_update_without_master", (params, m, v, grads, clip, skip, *scalars, seed, t, stream, first)
     else:
-        kernels.launch(
-            "adamw",
-            "adamw_update",
-            grid,
-            block,
-            *(params, master, m, v, grads, clip, skip, *scalars),
-            defines=variant(grads),
-        )
+        name, args = "adamw_update", (params, master, m, v, grads, clip, skip, *scalars)
+    kernels.launch("adamw", name, (blocks(n, 256 * 8),), (256,), *args, defines=variant(grads.dtype))

@@ -1,5 +1,6 @@
 """Causal self-attention: see engine/ops/numpy/attention.py; NH by lse's shape."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,10 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array) -> No
     )
     _launch("attention_backward_kv", B, NH, T, HS, dqkv, dout, qkv, lse, D)
     _launch("attention_backward_q", B, NH, T, HS, dqkv, dout, qkv, lse, D)
+
+
+def scratch_bytes(dims: Mapping[str, int]) -> int:
+    return dims["B"] * dims["NH"] * dims["T"] * 4
 
 
 def shared_bytes(HS: int) -> dict[str, int]:

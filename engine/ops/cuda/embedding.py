@@ -1,5 +1,6 @@
 """Token and position embedding: see engine/ops/numpy/embedding.py."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ def forward(out: Array, inp: Array, wte: Array, wpe: Array) -> None:
 
 def backward(dwte: Array, dwpe: Array, dout: Array, inp: Array) -> None:
     (B, T), (Vp, C), maxT, N = inp.shape, dwte.shape, len(dwpe), inp.size
-    rows = 2 * blocks(N, CHUNK)
+    rows = _rows_of_partial(N)
     count, start, cursor, unsorted, ordered, partial = scratch(
         *[((Vp,), np.int32)] * 3, *[((N,), np.int32)] * 2, ((rows, C), np.float32)
     )
@@ -31,7 +32,7 @@ def backward(dwte: Array, dwpe: Array, dout: Array, inp: Array) -> None:
     kernels.launch("embedding", "embedding_gather", grid, block, unsorted, cursor, inp, N, Vp)
     kernels.launch("embedding", "embedding_rank", grid, block, ordered, unsorted, start, count, inp, N, Vp)
 
-    defines, threads = variant(dwte), min(blocks(C // 8, 32) * 32, 256)
+    defines, threads = variant(dwte.dtype), min(blocks(C // 8, 32) * 32, 256)
     sizes = N, C, Vp, rows
     found = ordered, start, count, inp
     kernels.launch(
@@ -58,3 +59,12 @@ def backward(dwte: Array, dwpe: Array, dout: Array, inp: Array) -> None:
         *(dwpe, dout, B, T, C, maxT),
         defines=defines,
     )
+
+
+def _rows_of_partial(N: int) -> int:
+    return 2 * blocks(N, CHUNK)
+
+
+def scratch_bytes(dims: Mapping[str, int]) -> int:
+    N = dims["B"] * dims["T"]
+    return 4 * (3 * dims["Vp"] + 2 * N + _rows_of_partial(N) * dims["C"])

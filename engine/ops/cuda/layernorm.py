@@ -1,5 +1,6 @@
 """Layer normalisation: see engine/ops/numpy/layernorm.py. N = B * T rows."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,6 @@ from engine.ops.cuda.scratch import blocks, scratch, variant
 
 Array = Any
 
-EPS = 1e-5
 MOST_BLOCKS = 1024  # of backward: each leaves sums of 3 C numbers, to be added up
 FEWEST_ROWS = 8  # of a block
 
@@ -31,12 +31,11 @@ def backward(
     dinp_sum: Array | None = None,
 ) -> None:
     N, C = mean.size, weight.size
-    rows = max(FEWEST_ROWS, blocks(N, MOST_BLOCKS))
+    rows = _rows_of_a_block(N)
     count = blocks(N, rows)
-    packs = packs_per_thread(C)
-    threads = blocks(blocks(C // 8, packs), 32) * 32
+    defines = packs(C) | variant(dweight.dtype)
+    threads = blocks(blocks(C // 8, defines["PACKS"]), 32) * 32
     (partial,) = scratch(((count, 3, C), np.float32))
-    defines = {"PACKS": packs} | variant(dweight)
     kernels.launch(
         "layernorm",
         "layernorm_backward",
@@ -55,9 +54,18 @@ def backward(
     )
 
 
-def packs_per_thread(C: int) -> int:
+def _rows_of_a_block(N: int) -> int:
+    return max(FEWEST_ROWS, blocks(N, MOST_BLOCKS))
+
+
+def scratch_bytes(dims: Mapping[str, int]) -> int:
+    N = dims["B"] * dims["T"]
+    return blocks(N, _rows_of_a_block(N)) * 3 * dims["C"] * 4
+
+
+def packs(C: int) -> dict[str, int]:
     """Packs of 8 channels that a thread of backward takes: registers allow 768 threads with one, 512 with two."""
-    return 1 if C <= 768 * 8 else 2
+    return {"PACKS": 1 if C <= 768 * 8 else 2}
 
 
 MAX_C = 512 * 2 * 8

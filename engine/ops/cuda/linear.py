@@ -1,5 +1,6 @@
 """Linear layers: see engine/ops/numpy/linear.py. N = B * T rows; the matrix multiplies are cublasLt's."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -62,10 +63,10 @@ def backward(
 def _add_column_sums(dbias: Array, dout: Array) -> None:
     """dbias (OC) += the column sums of dout (N,OC)."""
     N, OC = dout.shape
-    rows = max(FEWEST_ROWS, blocks(N, MOST_BLOCKS))
+    rows = _rows_of_a_block(N)
     count = blocks(N, rows)
     (partial,) = scratch(((count, OC), np.float32))
-    defines = variant(dbias)
+    defines = variant(dbias.dtype)
     kernels.launch(
         "linear",
         "linear_column_sums",
@@ -82,6 +83,16 @@ def _add_column_sums(dbias: Array, dout: Array) -> None:
         *(dbias, partial, count, OC),
         defines=defines,
     )
+
+
+def _rows_of_a_block(N: int) -> int:
+    return max(FEWEST_ROWS, blocks(N, MOST_BLOCKS))
+
+
+def scratch_bytes(dims: Mapping[str, int]) -> int:
+    """Of the widest bias, that of 4 C channels."""
+    N = dims["B"] * dims["T"]
+    return blocks(N, _rows_of_a_block(N)) * 4 * dims["C"] * 4
 
 
 def _rows(x: Array) -> Array:

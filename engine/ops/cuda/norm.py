@@ -1,5 +1,6 @@
 """The global gradient norm: see engine/ops/numpy/norm.py."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,12 @@ def squared(out: Array, grads: Array) -> None:
         (count,),
         (256,),
         *(partial, grads, PER_BLOCK, count, grads.size),
-        defines=variant(grads),
+        defines=variant(grads.dtype),
     )
     scalars.total(out, partial)
+
+
+def scratch_bytes(dims: Mapping[str, int]) -> int:
+    """Of the larger of the two kinds of buckets: the embedding, and a layer with the final layernorm."""
+    C = dims["C"]
+    return 8 * blocks(max((dims["Vp"] + dims["maxT"]) * C, 12 * C * C + 15 * C), PER_BLOCK)

@@ -5,7 +5,6 @@ of the size that the largest operation will ask for; without that it grows as th
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from engine.device import cuda
 Array = Any
 
 _ALIGNMENT = 256
+PADDING = 8 * _ALIGNMENT  # of the arrays that one operation asks for, at most
 _buffer: Array = None
 
 
@@ -39,25 +39,11 @@ def reserve(nbytes: int) -> None:
         _buffer = cuda.zeros((nbytes,), np.uint8)
 
 
-def most_bytes(dims: Mapping[str, int]) -> int:
-    """What the operations of a GPT-2 of these sizes ask for at most."""
-    B, T, C, NH, Vp = (dims[name] for name in ("B", "T", "C", "NH", "Vp"))
-    N = B * T
-    asked = {
-        "attention": 4 * B * NH * T,
-        "layernorm": 4 * 3 * C * min(1024, blocks(N, 8)),
-        "linear": 4 * 4 * C * min(128, blocks(N, 32)),
-        "embedding": 4 * (3 * Vp + 2 * N + 2 * blocks(N, 64) * C),
-        "norm": 8 * blocks(max(Vp * C, 12 * C * C + 13 * C), 1 << 15),
-    }
-    return max(asked.values()) + 8 * _ALIGNMENT
-
-
 def blocks(n: int, per_block: int) -> int:
     """How many blocks of so many it takes for n."""
     return -(-n // per_block)
 
 
-def variant(grads: Array) -> dict[str, int]:
-    """The definitions of the kernels that write gradients of parameters of this array's dtype."""
-    return {"GRAD_FP32": 1} if grads.dtype == np.float32 else {}
+def variant(grad_dtype: Any) -> dict[str, int]:
+    """The definitions of kernels for gradients of parameters of this dtype."""
+    return {"GRAD_FP32": 1} if np.dtype(grad_dtype) == np.float32 else {}

@@ -6,6 +6,7 @@ one (maxima are taken of real parts, nothing is conjugated), so that a complex s
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 from engine.ops.numpy import (
     adamw,
@@ -39,8 +40,8 @@ __all__ = [
 ]
 
 
-def unsupported(C: int, HS: int) -> str:
-    """Why these operations cannot run a model of C channels and heads of HS; empty if they can."""
+def unsupported(B: int, C: int, HS: int) -> str:
+    """Why these operations cannot run B sequences of a model of C channels and heads of HS; empty if they can."""
     return ""
 
 
@@ -49,5 +50,5 @@ def scratch_bytes(dims: Mapping[str, int]) -> int:
     return 0
 
 
-def prepare(dims: Mapping[str, int], gelu_fusion: int) -> None:
-    """What can be done before the first step, for these sizes. gelu_fusion: as -ge, for matrix multiplies that fuse."""
+def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
+    """What can be done before the first step, for these sizes and gradients of grad_dtype. gelu_fusion: as -ge."""
