@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,6 +216,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(sources, monkeypatch):
 COMPILE = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from engine.device import kernels
 compile_source = kernels.compile_source
 def counted(*args):
@@ -257,3 +259,35 @@ def test_without_a_safe_place_for_the_cache_a_temporary_one_is_taken(monkeypatch
     assert folder.is_dir()
     assert tmp_path not in folder.parents
     assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_module_of_the_gpu_loads_the_binary_and_asks_for_shared_memory_once(sources, monkeypatch):
+    """With a stand-in for what a driver does: load a binary by its path, and launch."""
+    needs_nvrtc()
+    import cupy
+
+    launches, asked = [], []
+
+    class Function:
+        def __setattr__(self, name, value):
+            asked.append((name, value))
+
+        def __call__(self, grid, block, args, shared_mem):
+            launches.append((grid, block, args, shared_mem))
+
+    def raw_module(path):
+        assert Path(path).read_bytes()[:4] == b"\x7fELF"
+        return SimpleNamespace(get_function=lambda name: Function())
+
+    monkeypatch.setattr(cupy, "RawModule", raw_module)
+    monkeypatch.setattr(cupy.cuda, "Device", lambda: SimpleNamespace(compute_capability="90"))
+    monkeypatch.setattr(kernels, "SOURCES", sources)
+    owner = kernels.Kernels(kernels.GpuModule)
+    x = aligned((1,), np.float32)
+    for shared_bytes in (0, 48 << 10, 60 << 10, 60 << 10):
+        owner.launch("a", "a", (2,), (32,), x, 5, shared_bytes=shared_bytes)
+    assert asked == [("max_dynamic_shared_size_bytes", 60 << 10)]
+    assert [launch[3] for launch in launches] == [0, 48 << 10, 60 << 10, 60 << 10]
+    assert launches[0][:2] == ((2,), (32,))
+    assert launches[0][2][0] is x
+    assert launches[0][2][1] == np.int32(5)

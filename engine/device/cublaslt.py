@@ -62,9 +62,8 @@ def matmul(
 
     cublasLt may round the product to out's dtype before it adds `add`, and again afterwards: seen on an H100 where out
     is bf16 and there is no bias. a and b are bf16, as is all else but out and add, which may be fp32, and may be the
-    same array. transpose_a: a is
-    (K,M); transpose_b: b is (N,K). With pre_gelu (M,N) =, which takes the sum, out is its GELU. With dgelu (M,N), out
-    is the product times gelu'(dgelu).
+    same array. transpose_a: a is (K,M); transpose_b: b is (N,K). With pre_gelu (M,N) =, which takes the sum, out is its
+    GELU. With dgelu (M,N), out is the product times gelu'(dgelu).
     """
     (M, N), K = out.shape, a.shape[0] if transpose_a else a.shape[1]
     assert a.shape == ((K, M) if transpose_a else (M, K)), (a.shape, out.shape)
