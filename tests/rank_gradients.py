@@ -29,7 +29,7 @@ with ending_together(comm):
     model = GPT2(
         *(CONFIG, operations, dev),
         **{"B": B, "T": T, "dtype": np.float64, "statistic_dtype": np.float64, "shares": comm.world},
-        grad_slots=slots_by_turns if stage == 2 else own_slot,
+        grad_slots=slots_by_turns if stage == 2 and comm.world > 1 else own_slot,
     )
     make_parameters(CONFIG, model.params.views)
     zero = Zero(comm, model.params, model.lanes, stage, dev)

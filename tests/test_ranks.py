@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,51 @@ def test_gradients_and_parameters_are_those_of_one_rank(world, stage, shards_dir
         assert error.max() <= 1e-12 * np.abs(expected).max(), name
 
 
+def in_bf16(world: int, stage: int, folder: Path, grad_dtype: str = "bf16") -> dict[str, np.ndarray]:
+    """Losses, first gradients, parameters and masters: see rank_bf16.py."""
+    target = folder / f"{world}-{stage}-{grad_dtype}.npz"
+    result = run(world, target, stage, grad_dtype, program=ROOT / "tests/rank_bf16.py")
+    assert result.code == 0, result.err
+    with np.load(target) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def one_rank_in_bf16(tmp_path_factory) -> dict[str, np.ndarray]:
+    if not shutil.which("g++"):
+        pytest.skip("g++ is missing: it runs the CUDA operations here")
+    return in_bf16(1, 0, tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_in_bf16_the_stages_give_the_same_bits_and_the_gradients_of_one_rank(world, tmp_path, one_rank_in_bf16):
+    """On the CUDA operations, with masters. One rank rounds a gradient to bf16 once, several round theirs and the sums.
+
+    So a tensor's gradients are off by the roundings of the parts, each at most 2^-8 of its size, and log2(world) more
+    of the sums'; as a norm, and the parts being no larger than some times the whole, within 2^-8 (1 + world).
+    """
+    first, *others = (in_bf16(world, stage, tmp_path) for stage in (0, 1, 2))
+    for other in others:
+        for name, values in first.items():
+            np.testing.assert_array_equal(other[name], values, err_msg=name)
+    for name, exact in one_rank_in_bf16.items():
+        if name.startswith("grad."):
+            error = np.linalg.norm(first[name] - exact) / np.linalg.norm(exact)
+            assert error <= 2**-8 * (1 + world), name
+    assert first["loss.0"] == pytest.approx(one_rank_in_bf16["loss.0"], rel=1e-6)  # the same tokens, summed differently
+    for name, master in first.items():
+        if name.startswith("master."):
+            rounded = master.astype("bfloat16").astype(np.float32)
+            np.testing.assert_array_equal(first[name.replace("master.", "param.")], rounded, err_msg=name)
+
+
+def test_gradients_in_fp32_are_summed_in_fp32(tmp_path):
+    one, two = (in_bf16(world, 2, tmp_path, "fp32") for world in (1, 2))
+    for name, exact in one.items():
+        if name.startswith("grad."):
+            assert np.linalg.norm(two[name] - exact) <= 1e-5 * np.linalg.norm(exact), name
+
+
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_the_run_is_that_of_one_rank(world, shards_dir, tmp_path):
     """Through train.py in float32: every loss within rounding of one rank's, validation included."""
@@ -188,6 +234,19 @@ def test_state_moves_between_numbers_of_ranks_bit_for_bit(shards_dir, tmp_path):
         result = run(world, tmp_path / "run", tmp_path / f"again{world}", program=script)
         assert result.code == 0, result.err
         assert tensors(tmp_path / f"again{world}") == before
+
+
+def test_the_reference_command_on_eight_ranks(shards_dir, tmp_path):
+    """As it is given for eight GPUs, but for the sizes: the model's, the batch's, and how long it goes on."""
+    reference = "-r 1 -z 1 -c 0.1 -l 0.0006 -q 0.0 -u 700 -n 5000 -v 250 -s 20000".split()
+    small = ("-e", "l2h2c16", "-b", 2, "-t", 16, "-d", 512, "-x", 6, "-m", 1, "-g", 4, "-o", tmp_path / "run")
+    result = run(8, *data(shards_dir), *reference, *small)
+    assert result.code == 0, result.err
+    assert "8 ranks x 2 x 2 sequences of 16" in result.out
+    lines = (tmp_path / "run/main.log").read_text()
+    assert re.findall(r"s:(\d+) trl:", lines) == list("012345")
+    assert re.findall(r"s:(\d+) tel:", lines) == list("06")
+    assert checkpoint.load_latest(tmp_path / "run", report=pytest.fail).step == 6
 
 
 def test_only_rank_0_speaks(shards_dir, tmp_path):

@@ -12,7 +12,7 @@ FORWARDING = 0.3  # seconds for mpirun to pass on what a rank has printed: after
 
 
 class MPIRanks:
-    """The ranks of MPI_COMM_WORLD. Buffers are numpy arrays of any real dtype."""
+    """The ranks of MPI_COMM_WORLD. Buffers are numpy arrays of any real dtype, bfloat16 among them."""
 
     def __init__(self) -> None:
         self._comm = MPI.COMM_WORLD
@@ -24,10 +24,10 @@ class MPIRanks:
         self._sent: list[tuple[MPI.Request, np.ndarray]] = []
 
     def exchange(self, out: np.ndarray, inp: np.ndarray) -> None:
-        self._comm.Alltoall(inp, out)
+        self._comm.Alltoall(_known(inp), _known(out))
 
     def all_gather(self, buffer: np.ndarray) -> None:
-        self._comm.Allgather(MPI.IN_PLACE, buffer)
+        self._comm.Allgather(MPI.IN_PLACE, _known(buffer))
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         values = np.array(values, np.float64, order="C")
@@ -57,3 +57,8 @@ class MPIRanks:
         time.sleep(FORWARDING)
         self._comm.Abort(code)
         os._exit(code)  # MPICH's Abort can return, while the others are still being ended
+
+
+def _known(array: np.ndarray) -> np.ndarray:
+    """The same memory in a dtype that MPI knows: nothing is computed with it on its way."""
+    return array if array.dtype.isbuiltin == 1 else array.view(f"u{array.dtype.itemsize}")
