@@ -82,7 +82,7 @@ def train(t: Training, log: RunLog) -> int:
     steps_log = StepsLog(t, log)
     for step in range(t.start, t.steps + 1):
         last = step == t.steps
-        if last or any(step % every == 0 for every in events(run)):
+        if last or any(due(every, step, last) for every in (run.val_every, run.sample_every, run.checkpoint_every)):
             steps_log.catch_up()
         if t.val and due(run.val_every, step, last):
             watchdog.enter("validation", step)
@@ -195,11 +195,6 @@ def train_step(t: Training, step: int) -> float:
 
 def nothing() -> None:
     """What there is to log before the first step."""
-
-
-def events(run: RunConfig) -> list[int]:
-    """Every how many steps something happens besides a step."""
-    return [every for every in (run.val_every, run.sample_every, run.checkpoint_every) if every > 0]
 
 
 def due(every: int, step: int, last: bool) -> bool:

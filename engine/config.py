@@ -302,6 +302,10 @@ class RunConfig:
             problems.append(f"-pi {self.init_method}, -ps, -pf: ranks without MPI {LATER}; use mpirun")
         return problems
 
+    def shards_gradients(self, world: int) -> bool:
+        """Whether each of `world` ranks keeps the gradients of its own shares only."""
+        return self.zero_stage == 2 and world > 1
+
     @classmethod
     def flag(cls, name: str) -> str:
         """The shortest spelling of a field's option."""

@@ -1,7 +1,7 @@
 """What can go wrong for a user, and the exit code that says so. The codes are an interface: scripts rely on them.
 
-0 done · 2 usage · 3 data · 4 checkpoint or disk · 5 does not fit in memory · 6 non-finite, gave up
-17 ranks hung, or their parameters differ
+0 done · 2 usage, or a kernel that does not compile · 3 data · 4 checkpoint or disk · 5 does not fit in memory
+6 non-finite, gave up · 17 ranks hung, or their parameters differ
 75 stopped on request and saved: the same command with -y 1 goes on · 130 stopped on request, nothing to save to
 """
 

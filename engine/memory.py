@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -48,19 +49,24 @@ def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType, world:
         "parameters": memory_of(parameters, shares),
         "gradients": run.lanes_per_rank(world)
         * memory_of(_gradient_tensors(run, config, dev), shares)
-        // (world if run.zero_stage == 2 else 1),
+        // (world if run.shards_gradients(world) else 1),
         "optimizer": (2 + has_masters) * memory_of(in_fp32, shares) // (world if run.zero_stage else 1),
         "activations": memory_of(activations),
     }
 
 
+def gradient_dtype(run: RunConfig, dev: ModuleType) -> Any:
+    """In which the gradients of parameters are accumulated."""
+    return np.float32 if run.grad_dtype == "fp32" else dev.COMPUTE_DTYPE
+
+
 def _gradient_tensors(run: RunConfig, config: GPT2Config, dev: ModuleType) -> list[Tensor]:
-    return gpt2.parameter_tensors(config, np.float32 if run.grad_dtype == "fp32" else dev.COMPUTE_DTYPE)
+    return gpt2.parameter_tensors(config, gradient_dtype(run, dev))
 
 
 def _gradients_by_turns(run: RunConfig, config: GPT2Config, dev: ModuleType, world: int) -> int:
     """Where gradients are sharded, what backward writes before they are: of two layers, however many there are."""
-    if run.zero_stage < 2 or world == 1:
+    if not run.shards_gradients(world):
         return 0
     return memory_of(_gradient_tensors(run, config, dev), world, gpt2.slots_by_turns)
 

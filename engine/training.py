@@ -17,7 +17,7 @@ from engine.comm import Communicator, fingerprints
 from engine.config import GPT2Config, RunConfig, model_from_descriptor
 from engine.data import Loader, Samples
 from engine.errors import CheckpointError, DataError, DesyncError, UsageError
-from engine.memory import memory_by_class, require_memory
+from engine.memory import gradient_dtype, memory_by_class, require_memory
 from engine.models import gpt2
 from engine.optimizer import AdamW
 from engine.shards import Shard
@@ -147,7 +147,7 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         raise UsageError(f"-e {run.model}: {problem}. --device cpu runs any size")
     require_memory(run, config, dev, operations, comm.world)
 
-    grad_dtype = np.float32 if run.grad_dtype == "fp32" else dev.COMPUTE_DTYPE
+    grad_dtype = gradient_dtype(run, dev)
     operations.prepare(config.dims() | {"B": run.B, "T": run.T}, run.gelu_fusion, grad_dtype)
     model = gpt2.GPT2(
         config,
@@ -158,7 +158,7 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         recompute=run.recompute,
         dtype=dev.COMPUTE_DTYPE,
         grad_dtype=grad_dtype,
-        grad_slots=gpt2.slots_by_turns if run.zero_stage == 2 and comm.world > 1 else own_slot,
+        grad_slots=gpt2.slots_by_turns if run.shards_gradients(comm.world) else own_slot,
         lanes=run.lanes_per_rank(comm.world),
         shares=run.lanes or comm.world,
     )

@@ -1,12 +1,15 @@
 """The shape of the project: imports point one way, the vocabulary is complete, forbidden things are absent."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from engine import ops
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,6 +84,31 @@ def test_prep_sees_only_the_token_side_of_the_engine():
         for module in imported(path):
             if module.startswith("engine."):
                 assert any(module == name or module.startswith(f"{name}.") for name in allowed), f"{path}: {module}"
+
+
+# numpy's linear does GELU block by block; on a GPU it is a pass, or inside the multiply.
+WITHIN_NUMPY = {"gelu.apply", "gelu.apply_backward"}
+
+
+def test_both_devices_have_the_same_vocabulary():
+    """Names, order and defaults of arguments: whoever finds one twin can call the other."""
+    numpy, cuda = (ops.load(name) for name in ("numpy", "cuda"))
+
+    def functions(module):
+        members = vars(module).items()
+        own = {k: v for k, v in members if inspect.isfunction(v) and v.__module__ == module.__name__ and k[0] != "_"}
+        return {
+            name: [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+            for name, f in own.items()
+        }
+
+    assert numpy.__all__ == cuda.__all__
+    assert functions(numpy) == functions(cuda)
+    for module in numpy.__all__:
+        ours, twins = functions(getattr(numpy, module)), functions(getattr(cuda, module))
+        for name, parameters in ours.items():
+            if f"{module}.{name}" not in WITHIN_NUMPY:
+                assert twins[name] == parameters, f"{module}.{name}"
 
 
 def test_both_sides_of_every_operation_stand_together():

@@ -496,7 +496,7 @@ def test_classifier_is_stable(twin, shift):
 def test_more_than_two_to_the_31_logits():
     """The last rows lie beyond what 32 bits can index: they get what the same rows get at the beginning."""
     if os.environ.get("SMALL_SIZES"):
-        pytest.skip("takes 4 GB")
+        pytest.skip("$SMALL_SIZES is set, and this takes 4 GB")
     rows, copies, V, Vp = 100, 430, 50257, 50304
     assert rows * copies * Vp > 2**31
     with on("gpu") as twin:

@@ -9,7 +9,7 @@ from engine.comm.one import OneRank
 from engine.config import GPT2Config, RunConfig
 from engine.device import cublaslt, cuda, kernels
 from engine.errors import OutOfMemoryError
-from engine.memory import memory_by_class, require_memory
+from engine.memory import gradient_dtype, memory_by_class, require_memory
 from engine.models import gpt2
 from engine.optimizer import AdamW
 from engine.zero import Zero
@@ -25,15 +25,14 @@ class Ranks(OneRank):
 
 def build(run, config, dev, operations, world):
     """What training.build takes memory for, but for some scalars."""
-    sharded = run.zero_stage == 2 and world > 1
-    grad_dtype = np.float32 if run.grad_dtype == "fp32" else dev.COMPUTE_DTYPE
+    grad_dtype = gradient_dtype(run, dev)
     operations.prepare(config.dims() | {"B": run.B, "T": run.T}, 0, grad_dtype)
     model = gpt2.GPT2(
         *(config, operations, dev),
         **{"B": run.B, "T": run.T, "recompute": run.recompute, "dtype": dev.COMPUTE_DTYPE, "grad_dtype": grad_dtype},
         lanes=run.lanes_per_rank(world),
         shares=run.lanes or world,
-        grad_slots=gpt2.slots_by_turns if sharded else own_slot,
+        grad_slots=gpt2.slots_by_turns if run.shards_gradients(world) else own_slot,
     )
     zero = Zero(Ranks(world), model.params, model.lanes, run.zero_stage, dev)
     return AdamW(model.params, gpt2.decayed(config), zero, run, operations, dev)

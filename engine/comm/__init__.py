@@ -5,7 +5,7 @@ What a communicator offers, each a collective that all ranks call in the same or
     rank, world               this one's number, and how many there are
     exchange(out, inp)        out (world, n) = what every rank has for this one: its inp (world, n) in this rank's row
     all_gather(buffer)        buffer (world * n) holds, in each rank's n elements, what that rank has there
-    gather(values)            float64 (world, n): every rank's values (n), float64
+    gather(values)            float64 (world, n): every rank's values, float64 (n)
     barrier()                 returns when all have called it
     pulse(values)             (not a collective, and on a thread of its own) sends values to all others, and gives
                               (rank, values) of what has come from them since, oldest first

@@ -80,11 +80,6 @@ def matmul(
     _library().run(operation, out, a, b, add, bias, dgelu if pre_gelu is None else pre_gelu)
 
 
-def version() -> int:
-    """cublasLt's version, as 130100 for 13.1."""
-    return _bindings().get_version()
-
-
 def _bindings() -> Any:
     from nvmath.bindings import cublasLt
 

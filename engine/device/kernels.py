@@ -117,6 +117,11 @@ def dtype_of(type_name: str, defines: Defines) -> np.dtype:
     return DTYPES[type_name]
 
 
+def grad_variant(grad_dtype: Any) -> dict[str, int]:
+    """The definitions that make grad_t this dtype."""
+    return {"GRAD_FP32": 1} if np.dtype(grad_dtype) == np.float32 else {}
+
+
 def convert(name: str, parameters: Sequence[Parameter], args: Sequence[Any], defines: Defines) -> list[Any]:
     """The arguments as the kernel takes them: scalars of its types, arrays that are what it expects, or None for null.
 

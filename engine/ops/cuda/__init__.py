@@ -70,7 +70,7 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
     """Compiles and loads every kernel of a run, so that no mistake in one, nor an edit, shows in the middle of it; and
     takes the scratch memory. GELU is fused from Hopper on: before, cublasLt does it in a pass of its own, slowly.
     """
-    grads = scratch.variant(grad_dtype)
+    grads = kernels.grad_variant(grad_dtype)
     for source, *variants in (
         ("adamw", grads),
         ("attention", {"HS": dims["C"] // dims["NH"]}),

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from engine.device import kernels
-from engine.ops.cuda.scratch import blocks, variant
+from engine.ops.cuda.scratch import blocks
 
 Array = Any
 
@@ -35,4 +35,4 @@ def update(
         name, args = "adamw_update_without_master", (params, m, v, grads, clip, skip, *scalars, seed, t, stream, first)
     else:
         name, args = "adamw_update", (params, master, m, v, grads, clip, skip, *scalars)
-    kernels.launch("adamw", name, (blocks(n, 256 * 8),), (256,), *args, defines=variant(grads.dtype))
+    kernels.launch("adamw", name, (blocks(n, 256 * 8),), (256,), *args, defines=kernels.grad_variant(grads.dtype))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from engine.device import kernels
-from engine.ops.cuda.scratch import blocks, scratch, variant
+from engine.ops.cuda.scratch import blocks, scratch
 
 Array = Any
 
@@ -32,7 +32,7 @@ def backward(dwte: Array, dwpe: Array, dout: Array, inp: Array) -> None:
     kernels.launch("embedding", "embedding_gather", grid, block, unsorted, cursor, inp, N, Vp)
     kernels.launch("embedding", "embedding_rank", grid, block, ordered, unsorted, start, count, inp, N, Vp)
 
-    defines, threads = variant(dwte.dtype), min(blocks(C // 8, 32) * 32, 256)
+    defines, threads = kernels.grad_variant(dwte.dtype), min(blocks(C // 8, 32) * 32, 256)
     sizes = N, C, Vp, rows
     found = ordered, start, count, inp
     kernels.launch(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from engine.device import kernels
-from engine.ops.cuda.scratch import blocks, scratch, variant
+from engine.ops.cuda.scratch import blocks, scratch, share_out
 
 Array = Any
 
@@ -31,9 +31,8 @@ def backward(
     dinp_sum: Array | None = None,
 ) -> None:
     N, C = mean.size, weight.size
-    rows = _rows_of_a_block(N)
-    count = blocks(N, rows)
-    defines = packs(C) | variant(dweight.dtype)
+    rows, count = share_out(N, MOST_BLOCKS, FEWEST_ROWS)
+    defines = packs(C) | kernels.grad_variant(dweight.dtype)
     threads = blocks(blocks(C // 8, defines["PACKS"]), 32) * 32
     (partial,) = scratch(((count, 3, C), np.float32))
     kernels.launch(
@@ -54,13 +53,9 @@ def backward(
     )
 
 
-def _rows_of_a_block(N: int) -> int:
-    return max(FEWEST_ROWS, blocks(N, MOST_BLOCKS))
-
-
 def scratch_bytes(dims: Mapping[str, int]) -> int:
-    N = dims["B"] * dims["T"]
-    return blocks(N, _rows_of_a_block(N)) * 3 * dims["C"] * 4
+    _, count = share_out(dims["B"] * dims["T"], MOST_BLOCKS, FEWEST_ROWS)
+    return count * 3 * dims["C"] * 4
 
 
 def packs(C: int) -> dict[str, int]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from engine.device import cublaslt, kernels
 from engine.ops.cuda import gelu
-from engine.ops.cuda.scratch import blocks, scratch, variant
+from engine.ops.cuda.scratch import blocks, scratch, share_out
 
 Array = Any
 
@@ -63,10 +63,9 @@ def backward(
 def _add_column_sums(dbias: Array, dout: Array) -> None:
     """dbias (OC) += the column sums of dout (N,OC)."""
     N, OC = dout.shape
-    rows = _rows_of_a_block(N)
-    count = blocks(N, rows)
+    rows, count = share_out(N, MOST_BLOCKS, FEWEST_ROWS)
     (partial,) = scratch(((count, OC), np.float32))
-    defines = variant(dbias.dtype)
+    defines = kernels.grad_variant(dbias.dtype)
     kernels.launch(
         "linear",
         "linear_column_sums",
@@ -85,14 +84,10 @@ def _add_column_sums(dbias: Array, dout: Array) -> None:
     )
 
 
-def _rows_of_a_block(N: int) -> int:
-    return max(FEWEST_ROWS, blocks(N, MOST_BLOCKS))
-
-
 def scratch_bytes(dims: Mapping[str, int]) -> int:
     """Of the widest bias, that of 4 C channels."""
-    N = dims["B"] * dims["T"]
-    return blocks(N, _rows_of_a_block(N)) * 4 * dims["C"] * 4
+    _, count = share_out(dims["B"] * dims["T"], MOST_BLOCKS, FEWEST_ROWS)
+    return count * 4 * dims["C"] * 4
 
 
 def _rows(x: Array) -> Array:

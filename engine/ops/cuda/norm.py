@@ -7,7 +7,7 @@ import numpy as np
 
 from engine.device import kernels
 from engine.ops.cuda import scalars
-from engine.ops.cuda.scratch import blocks, scratch, variant
+from engine.ops.cuda.scratch import blocks, scratch
 
 Array = Any
 
@@ -24,7 +24,7 @@ def squared(out: Array, grads: Array) -> None:
         (count,),
         (256,),
         *(partial, grads, PER_BLOCK, count, grads.size),
-        defines=variant(grads.dtype),
+        defines=kernels.grad_variant(grads.dtype),
     )
     scalars.total(out, partial)
 

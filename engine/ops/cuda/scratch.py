@@ -44,6 +44,7 @@ def blocks(n: int, per_block: int) -> int:
     return -(-n // per_block)
 
 
-def variant(grad_dtype: Any) -> dict[str, int]:
-    """The definitions of kernels for gradients of parameters of this dtype."""
-    return {"GRAD_FP32": 1} if np.dtype(grad_dtype) == np.float32 else {}
+def share_out(n: int, most_blocks: int, fewest_rows: int) -> tuple[int, int]:
+    """(rows of a block, blocks) for n rows: as many blocks as that, or fewer where they would have fewer rows."""
+    rows = max(fewest_rows, blocks(n, most_blocks))
+    return rows, blocks(n, rows)
