@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.shim import ORDERS, ShimError, ShimModule, set_order
+from tests.shim import ORDERS, ShimError, ShimModule, set_order, tensor_map
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing")
 
@@ -330,3 +330,295 @@ def test_what_does_not_fit_is_refused(shim, tmp_path):
     source.write_text('extern "C" __global__ void f(float* x) {}')
     with pytest.raises(ShimError, match="f has other parameters"):
         ShimModule(source, {}, [COMMON], {"f": ["int*"]})
+
+
+# A pipeline as kernels have it: the first warp copies tiles of k and v, two stages ahead at most; each of two
+# warpgroups takes 64 rows of q, s = q k^T, and o += s v with s rounded to bf16. `mistake` is one of MISTAKES.
+PIPELINE = r"""
+#include <common.cuh>
+#include <hopper.cuh>
+
+enum { MISTAKES };
+
+template <int KEYS, int HS>
+__device__ void pipeline(
+    const bf16* q, const unsigned long long* k_map, const unsigned long long* v_map, float* s_out, float* o_out, int T,
+    int mistake) {
+    constexpr int STAGES = 2, BOX = KEYS * 128, TILE = HS / 64 * BOX, N_S = KEYS / 8, N_O = HS / 8;
+    __shared__ Barrier full[STAGES], empty[STAGES];
+    DYNAMIC_SHARED(char, shared);
+    const int tiles = (T + KEYS - 1) / KEYS, head = blockIdx.x, warp = threadIdx.x / WARP - 4, l = threadIdx.x % WARP;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            if (mistake != NOT_MADE || i == 0) barrier_make(full[i], 1);
+            barrier_make(empty[i], 8);
+        }
+        if (mistake != NOT_PUBLISHED) barriers_made();
+    }
+    if (mistake != NOT_SYNCHRONIZED) __syncthreads();
+    if (warp < 0) {
+        if (threadIdx.x != 0) return;
+        for (int tile = 0; tile < tiles; tile++) {
+            const int stage = tile % STAGES;
+            char* k = shared + stage * 2 * TILE + (mistake == BOX_AMID_ROWS ? 128 : 0);
+            if (mistake != NO_WAIT_FOR_ROOM) barrier_wait(empty[stage], tile / STAGES % 2 ^ 1);
+            if (mistake == NO_EXPECTATION) barrier_arrive(full[stage]);
+            else
+                barrier_arrive_expecting(
+                    full[stage], 2 * TILE + (mistake == TOO_MANY_BYTES) * 16 - (mistake == TOO_FEW_BYTES) * 16);
+            for (int x = 0; x < HS; x += 64) {
+                copy_box(k + x / 64 * BOX, k_map, x, tile * KEYS, head, full[stage]);
+                copy_box(k + TILE + x / 64 * BOX, v_map, x, tile * KEYS, head, full[stage]);
+            }
+        }
+        return;
+    }
+    unsigned a[HS / 16][4], p[KEYS / 16][4];
+    float s[N_S][4], o[N_O][4];
+    const int row = warp * 16 + l / 4, column = l % 4 * 2;
+    for (int i = 0; i < HS / 16 * 4; i++)
+        a[i / 4][i % 4] = *reinterpret_cast<const unsigned*>(
+            q + (head * 128 + row + i % 2 * 8) * HS + i / 4 * 16 + i % 4 / 2 * 8 + column);
+    for (int tile = 0; tile < tiles; tile++) {
+        const int stage = tile % STAGES;
+        const char *k = shared + stage * 2 * TILE, *v = k + TILE;
+        if (mistake != NO_WAIT_FOR_BOX) barrier_wait(full[stage], tile / STAGES % 2 ^ (mistake == WRONG_PARITY));
+        if (mistake != NO_BEGIN) products_begin();
+        for (int i = 0; i < HS / 16; i++) {
+            unsigned long long b = factor(k + i / 4 * BOX + i % 4 * 32);
+            if (mistake == NO_SWIZZLE) b &= ~(3ull << 62);
+            if (mistake == LANES_DIFFER && l == 3) b++;
+            product_64x16<false>(s, a[i], b, i > 0);
+        }
+        products_commit();
+        if (mistake == DONE_EARLY) products_done(s);
+        if (mistake == WRITES_A_EARLY) a[0][0]++;
+        if (mistake == WRITES_D_EARLY) s[0][0] = 1.0f;
+        if (mistake == READS_D_EARLY) s_out[0] = s[0][0];
+        if (mistake == RELEASES_EARLY && l == 0) barrier_arrive(empty[stage]);
+        products_wait<0>();
+        products_done(s);
+        for (int i = 0; i < N_S * 4 && mistake != READS_D_EARLY; i++) {
+            const int key = tile * KEYS + i / 4 * 8 + column + i % 2;
+            if (key < T) s_out[(head * 128 + row + i % 4 / 2 * 8) * T + key] = s[i / 4][i % 4];
+        }
+        for (int i = 0; i < KEYS / 16; i++)
+            for (int j = 0; j < 4; j++)
+                p[i][j] = pack_bf16(s[2 * i + j / 2][j % 2 * 2], s[2 * i + j / 2][j % 2 * 2 + 1]);
+        products_begin();
+        for (int i = 0; i < KEYS / 16; i++)
+            product_64x16<true>(
+                o, p[i], factor(v + i * 2048, mistake == NO_ASIDE ? 0 : mistake == WRONG_ASIDE ? 1024 : BOX),
+                tile > 0 || i > 0);
+        products_commit();
+        if (mistake != NO_WAIT_FOR_PRODUCTS || tile < tiles - 1) products_wait<0>();
+        if (mistake != NO_WAIT_FOR_PRODUCTS) products_done(o);
+        if (mistake != RELEASES_EARLY && l == 0) barrier_arrive(empty[stage]);
+        if (mistake == ARRIVES_TWICE && l == 0) barrier_arrive(empty[stage]);
+    }
+    for (int i = 0; i < N_O * 4; i++)
+        o_out[(head * 128 + row + i % 4 / 2 * 8) * HS + i / 4 * 8 + column + i % 2] = o[i / 4][i % 4];
+}
+
+#define PIPELINE(keys, hs) \
+    extern "C" __global__ void pipeline_##keys##_##hs( \
+        const bf16* q, const unsigned long long* k_map, const unsigned long long* v_map, float* s, float* o, int T, \
+        int mistake) { \
+        pipeline<keys, hs>(q, k_map, v_map, s, o, T, mistake); \
+    }
+PIPELINE(64, 64)
+PIPELINE(64, 128)
+PIPELINE(128, 64)
+PIPELINE(128, 128)
+
+// One box, as it lies in shared memory; every thread waits.
+extern "C" __global__ void box(const unsigned long long* map, unsigned* out, int bytes, int x, int y, int z) {
+    DYNAMIC_SHARED(unsigned, shared);
+    __shared__ Barrier there;
+    if (threadIdx.x == 40) {
+        barrier_make(there, 1);
+        barriers_made();
+    }
+    __syncthreads();
+    if (threadIdx.x == 40) {
+        copy_box(shared + 256, map, x, y, z, there);  // before the barrier knows of it
+        barrier_arrive_expecting(there, bytes);
+    }
+    for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) out[i] = shared[256 + i];
+    __syncthreads();
+    barrier_wait(there, 0);
+    for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) out[bytes / 4 + i] = shared[256 + i];
+}
+
+// Two groups under way, of which the older is waited for first.
+extern "C" __global__ void groups(float* out) {
+    DYNAMIC_SHARED(bf16, b);
+    for (int i = threadIdx.x; i < 64 * 64; i += blockDim.x) narrow(b[i], 1.0f);
+    __syncthreads();
+    const unsigned a[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
+    float d[2][8][4] = {};
+    for (int i = 0; i < 2; i++) {
+        products_begin();
+        product_64x16<false>(d[i], a, factor(b), false);
+        product_64x16<true>(d[i], a, factor(b), true);
+        products_commit();
+    }
+    float* mine = out + threadIdx.x * 4;
+    products_wait<1>();
+    products_done(d[0]);
+    mine[0] = d[0][7][3], mine[1] = d[1][7][3];
+    products_wait<0>();
+    products_done(d[1]);
+    mine[2] = d[0][7][3], mine[3] = d[1][7][3];
+}
+
+extern "C" __global__ void exponentials(const float* x, float* out) {
+    out[threadIdx.x] = exp2_fast(x[threadIdx.x]);
+}
+"""
+MISTAKES = (
+    *("none", "no wait for box", "no expectation", "wrong parity", "no aside", "wrong aside", "no swizzle"),
+    *("no wait for products", "no begin", "releases early", "writes a early", "reads d early", "writes d early"),
+    *("not made", "not published", "not synchronized", "arrives twice", "too many bytes", "too few bytes"),
+    *("no wait for room", "box amid rows", "done early", "lanes differ"),
+)
+MAP = "const unsigned long long*"
+PIPELINES = {
+    f"pipeline_{keys}_{hs}": ["const bf16*", MAP, MAP, "float*", "float*", "int", "int"]
+    for keys in (64, 128)
+    for hs in (64, 128)
+}
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> ShimModule:
+    source = tmp_path_factory.mktemp("shim") / "hopper.cu"
+    names = ", ".join(mistake.upper().replace(" ", "_") for mistake in MISTAKES)
+    source.write_text(PIPELINE.replace("enum { MISTAKES }", f"enum {{ {names} }}"))
+    others = {
+        "box": [MAP, "unsigned*", "int", "int", "int", "int"],
+        "groups": ["float*"],
+        "exponentials": ["const float*", "float*"],
+    }
+    return ShimModule(source, {}, [COMMON], {**PIPELINES, **others})
+
+
+def small_integers(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Whose sums of products are exact in fp32, in any order, and s in bf16 too."""
+    return rng.integers(-1, 2, shape).astype(BF16)
+
+
+def run_pipeline(hopper, keys: int, hs: int, mistake: str = "none", T: int = 200) -> tuple[np.ndarray, ...]:
+    """What came and what should have: (s, o, s, o), of two heads, with k and v interleaved in one tensor."""
+    rng = np.random.default_rng(3)
+    q, kv = small_integers(rng, 2, 128, hs), small_integers(rng, 2, T, 2, hs)
+    k, v = kv[:, :, 0], kv[:, :, 1]
+    s, o = np.zeros((2, 128, T), np.float32), np.zeros((2, 128, hs), np.float32)
+    maps = [tensor_map(x, (hs, T, 2), x.strides[1::-1], (64, keys, 1)) for x in (k, v)]
+    shared = 4 * keys * hs * 2
+    hopper.launch(
+        f"pipeline_{keys}_{hs}",
+        (2, 1, 1),
+        (384, 1, 1),
+        shared,
+        [q, *maps, s, o, np.int32(T), np.int32(MISTAKES.index(mistake))],
+    )
+    wide = [x.astype(np.float32) for x in (q, k, v)]
+    s_true = wide[0] @ wide[1].swapaxes(1, 2)
+    return s, o, s_true, s_true.astype(BF16).astype(np.float32) @ wide[2]
+
+
+@pytest.mark.parametrize(("keys", "hs"), [(64, 64), (64, 128), (128, 64), (128, 128)])
+def test_pipeline_of_boxes_and_products(hopper, keys, hs):
+    s, o, s_true, o_true = run_pipeline(hopper, keys, hs)
+    np.testing.assert_array_equal(s, s_true)
+    np.testing.assert_array_equal(o, o_true)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("no wait for box", "b is a box that no wait|deadlock: thread .0, 0, 0. waits at barrier_wait"),
+        ("no expectation", "b is a box that no wait|barrier_wait.*lacks 0 arrivals, -65536 bytes"),
+        ("wrong parity", "b is a box that no wait|barrier_wait.*lacks 8 arrivals, 0 bytes"),
+        ("no aside", "factor was not told"),
+        ("no swizzle", "no descriptor with a swizzle"),
+        ("no wait for products", "never waited for 4 products"),
+        ("no begin", "no products_begin"),
+        ("releases early", "products_wait: b was written|products_wait: b is a box that no wait"),
+        ("writes a early", "a was written"),
+        ("writes d early", "d was written"),
+        ("not made", "there is no barrier"),
+        ("not published", "without barriers_made"),
+        ("not synchronized", "without a __syncthreads|there is no barrier"),
+        ("arrives twice", "products_wait: b is a box that no wait|barrier_wait.*lacks 1 arrivals, 0 bytes"),
+        ("too many bytes", "barrier_wait.*lacks 0 arrivals, 16 bytes"),
+        ("too few bytes", "barrier_wait.*lacks 0 arrivals, -16 bytes"),
+        ("no wait for room", "barrier_arrive_expecting: more arrivals"),
+        ("box amid rows", "multiple of 1,024 bytes"),
+        ("done early", "products_done"),
+        ("lanes differ", "lanes of a warp ask for different"),
+    ],
+)
+def test_mistakes_in_a_pipeline_are_found(hopper, mistake, message):
+    with pytest.raises(ShimError, match=message):
+        run_pipeline(hopper, 64, 128, mistake)
+    run_pipeline(hopper, 64, 128)  # and all is well afterwards
+
+
+def test_mistakes_in_a_pipeline_show_in_numbers(hopper):
+    _, o, _, o_true = run_pipeline(hopper, 64, 128, "wrong aside")
+    np.testing.assert_array_equal(o[..., :64], o_true[..., :64])
+    assert (o[..., 64:] != o_true[..., 64:]).mean() > 0.5
+    s, _, _, _ = run_pipeline(hopper, 64, 128, "reads d early")
+    assert np.isnan(s[0, 0, 0])
+
+
+@pytest.mark.parametrize("corner", [(0, 0, 0), (64, 5, 1), (-8, -3, 0), (40, 30, 2), (3, 0, -1), (200, 0, 0)])
+def test_boxes_are_swizzled_and_zero_outside(hopper, corner):
+    x = np.arange(1, 3 * 40 * 96 + 1, dtype=np.uint16).reshape(3, 40, 96)
+    dims, box = (72, 37, 3), (64, 12, 2)  # not all of a row, not all rows
+    out = np.zeros((2, 2 * 12 * 64), np.uint16)
+    arguments = [np.int32(n) for n in (out[0].nbytes, *corner)]
+    hopper.launch(
+        "box", ONE, (64, 1, 1), 1024 + out[0].nbytes, [tensor_map(x, dims, (192, 192 * 40), box), out, *arguments]
+    )
+    assert (out[0] == 0xFFFF).all()  # no wait yet
+    where = np.meshgrid(*(np.arange(n) + at for n, at in zip(box[::-1], corner[::-1], strict=True)), indexing="ij")
+    inside = np.all([(at >= 0) & (at < n) for at, n in zip(where, dims[::-1], strict=True)], axis=0)
+    rows = np.where(inside, x[tuple(at * inside for at in where)], 0).reshape(24, 8, 8)
+    swizzled = np.stack([row[np.arange(8) ^ r % 8] for r, row in enumerate(rows)])
+    np.testing.assert_array_equal(out[1].reshape(24, 8, 8), swizzled)
+
+
+def test_groups_of_products_are_waited_for_oldest_first(hopper):
+    out = np.zeros((128, 4), np.float32)
+    hopper.launch("groups", ONE, (128, 1, 1), 64 * 128, [out])
+    assert np.isnan(out[:, 1]).all()
+    assert (out[:, [0, 2, 3]] == 32).all()
+    with pytest.raises(ShimError, match="the block ends within this warpgroup"):
+        hopper.launch("groups", ONE, (96, 1, 1), 64 * 128, [out])
+
+
+def test_exp2_fast(hopper):
+    x = np.array([0, 1, -1, 0.5, 3.25, -126, -126.5, -200, -np.inf, 128, np.nan, -1e-40], np.float32)
+    out = np.zeros_like(x)
+    hopper.launch("exponentials", ONE, (x.size, 1, 1), 0, [x, out])
+    with np.errstate(over="ignore", under="ignore"):
+        expected = np.exp2(x)
+    np.testing.assert_allclose(out, np.where(expected < np.float32(2.0**-126), 0, expected), rtol=3e-7)
+
+
+@pytest.mark.parametrize(
+    ("dims", "strides", "box", "message"),
+    [
+        ((64, 8), (128,), (64, 8), "three dimensions"),
+        ((64, 8, 1), (128, 1024), (32, 8, 1), "rows of a box"),
+        ((64, 8, 1), (128, 1024), (64, 257, 1), "1 to 256"),
+        ((64, 8, 0), (128, 1024), (64, 8, 1), "1 to 256"),
+        ((64, 8, 1), (120, 1024), (64, 8, 1), "multiples of 16"),
+    ],
+)
+def test_tensor_maps_that_the_driver_would_refuse(dims, strides, box, message):
+    with pytest.raises(ValueError, match=message):
+        tensor_map(np.zeros(512, np.uint16), dims, strides, box)

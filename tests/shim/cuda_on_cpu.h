@@ -55,7 +55,13 @@ constexpr size_t STACK = 68 * 1024 + 192;
 constexpr unsigned CANARY = 0x57ac4e4d;
 
 enum Order { FORWARD, REVERSED, SHUFFLED };
-enum State { READY, AT_BARRIER, IN_WARP, ENDED };
+enum State { READY, AT_BARRIER, IN_WARP, AT_CONDITION, ENDED };
+
+// What a thread waits for that is neither its block's nor its warp's others; asked between the turns of threads.
+struct Condition {
+    virtual bool holds() = 0;
+    virtual const char* tell() = 0;  // for the report of a deadlock
+};
 
 struct Copy {
     void* shared;
@@ -68,6 +74,7 @@ struct Fiber {
     bool started;  // has a stack frame to come back to
     State state;
     const char* at;  // what it waits at
+    Condition* condition;
     uint3 thread;
     Copy* copies;  // under way, oldest first
     unsigned copying, capacity, groups;
@@ -93,8 +100,12 @@ static void (*call)(void**);
 static void** arguments;
 static const char* kernel;
 static char error[1024];
-__attribute__((aligned(16))) static unsigned char dynamic[MAX_DYNAMIC + GUARD];
-static __thread volatile char touched;  // at least one thread-local, and a way to have them allocated
+__attribute__((aligned(1024))) static unsigned char dynamic[MAX_DYNAMIC + GUARD];
+static size_t dynamic_size;
+static unsigned synchronizations;        // __syncthreads that the block has passed
+static bool gives_way;                   // the running warp's turn is over
+static void (*at_start)(), (*at_end)();  // of every block: what else has a state, and checks it
+static __thread volatile char touched;   // at least one thread-local, and a way to have them allocated
 
 static void report(const char* format, ...) {
     int n = snprintf(error, sizeof error, "%s, block (%u, %u, %u)", kernel, blockIdx.x, blockIdx.y, blockIdx.z);
@@ -122,6 +133,17 @@ __attribute__((always_inline)) inline void wait(State state, const char* at) {
     asm volatile("" ::: "memory");
     leave(state, at);
     asm volatile("" ::: "memory");
+}
+
+inline void wait_for(Condition& condition, const char* at) {
+    current->condition = &condition;
+    wait(AT_CONDITION, at);
+}
+
+// Other warps run first.
+inline void give_way() {
+    gives_way = true;
+    wait(READY, "");
 }
 
 inline unsigned index() { return static_cast<unsigned>(current - fibers); }
@@ -232,8 +254,9 @@ inline bool step(unsigned w) {
     bool ran = false;
     arrange(turns, lanes);
     for (unsigned i = 0; i < lanes; i++) {
-        if (first[turns[i]].state != READY) continue;
-        run(first[turns[i]]);
+        Fiber& fiber = first[turns[i]];
+        if (fiber.state != READY && !(fiber.state == AT_CONDITION && fiber.condition->holds())) continue;
+        run(fiber);
         if (*error) return false;
         ran = true;
     }
@@ -249,6 +272,8 @@ static void report_deadlock() {
     static char text[900];
     bool told[MAX_THREADS] = {};
     int n = 0;
+    for (unsigned i = 0; i < threads; i++)
+        if (fibers[i].state == AT_CONDITION) fibers[i].at = fibers[i].condition->tell();
     for (unsigned i = 0; i < threads && n < 700; i++) {
         const Fiber& f = fibers[i];
         unsigned count = 0;
@@ -282,7 +307,10 @@ static void run_block(char* shared, size_t shared_bytes, size_t dynamic_bytes) {
         f.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
         memcpy(stacks + i * STACK, &CANARY, sizeof CANARY);
     }
-    for (unsigned at_barrier = threads; at_barrier == threads;) {
+    dynamic_size = dynamic_bytes;
+    synchronizations = 0;
+    if (at_start) at_start();
+    for (unsigned at_barrier = threads; at_barrier == threads; synchronizations++) {
         for (unsigned i = 0; i < threads; i++) fibers[i].state = READY;
         for (bool ran = true; ran;) {
             ran = false;
@@ -290,9 +318,10 @@ static void run_block(char* shared, size_t shared_bytes, size_t dynamic_bytes) {
             arrange(turns, n);
             for (unsigned i = 0; i < n; i++) {
                 // A warp runs as far ahead as it can; shuffled, sometimes not.
+                gives_way = false;
                 while (step(turns[i])) {
                     ran = true;
-                    if (order == SHUFFLED && random_below(4) == 0) break;
+                    if (gives_way || (order == SHUFFLED && random_below(4) == 0)) break;
                 }
                 if (*error) return;
             }
@@ -305,6 +334,7 @@ static void run_block(char* shared, size_t shared_bytes, size_t dynamic_bytes) {
         current = &fibers[i];
         if (memcmp(stacks + i * STACK, &CANARY, sizeof CANARY)) return report(": a thread overran its stack");
     }
+    if (at_end) at_end();
     for (size_t i = 0; i < GUARD; i++) {
         if (guard[i] == (i % 2 ? 0x7f : 0xa5)) continue;
         return report(": dynamic shared memory overrun: written at byte %zu of %zu", dynamic_bytes + i, dynamic_bytes);

@@ -1,0 +1,401 @@
+// The twin of kernels_cu/hopper.cuh for CPUs. What the GPU does behind the threads' backs is done as late as it may be:
+// a box is copied when a wait for its barrier passes, a product is carried out when it is waited for. Till then what
+// they write is NaN, and what a product reads is held to what it was when the product was issued.
+#pragma once
+#include <ptx.cuh>
+
+struct Barrier {
+    unsigned long long state;  // which of shim::barriers it is
+};
+
+namespace shim {
+
+constexpr unsigned MAX_BARRIERS = 256, MAX_BOXES = 1024, MAX_PRODUCTS = 128, MAX_SUMS = 16, MAX_COLUMNS = 128;
+constexpr unsigned long long MADE = 0x0ba221e2ull << 32, TENSOR_MAP = 0x70616d726f736e74ull;
+constexpr long long MAX_BYTES = (1 << 20) - 1;  // that a barrier may wait for (PTX ISA, "Tracking asynchronous ...")
+
+// A barrier's current phase, in terms of the PTX ISA: pending count, tx-count.
+struct Phase {
+    unsigned arrivals, pending;
+    long long bytes;
+    unsigned number;
+    unsigned maker, made_at;
+    bool usable;  // barriers_made has been called
+    char text[2][120];
+};
+
+// A copy under way. `map` is what tests/shim/__init__.py:tensor_map makes.
+struct Map {
+    unsigned long long kind, address, dims[3], strides[2], box[3];
+};
+struct Box {
+    Phase* phase;
+    unsigned char* shared;
+    const Map* map;
+    long long at[3];
+    long long bytes() const { return 2 * map->box[0] * map->box[1] * map->box[2]; }
+};
+
+static Phase barriers[MAX_BARRIERS];
+static Box boxes[MAX_BOXES];
+static unsigned barrier_count, box_count;
+
+// A warp's 16 rows of a d that products are under way for; in the registers of its lanes is NaN meanwhile.
+struct Sum {
+    float* d[WARP_LANES];
+    unsigned under_way, columns;
+    float rows[16][MAX_COLUMNS];
+};
+struct Product {
+    float* d[WARP_LANES];
+    const unsigned* a[WARP_LANES];
+    unsigned a_then[WARP_LANES][4];
+    unsigned long long b;
+    unsigned short b_then[16][MAX_COLUMNS];
+    Sum* sum;
+    unsigned columns, group;
+    bool depth_in_rows, add;
+};
+struct WarpProducts {
+    Product queue[MAX_PRODUCTS];  // a ring: the products started, without those finished
+    unsigned started, finished;
+    Sum sums[MAX_SUMS];
+};
+struct LaneProducts {
+    unsigned issued, groups;
+    bool begun;
+};
+static WarpProducts products[MAX_THREADS / WARP_LANES];
+static LaneProducts lane_products[MAX_THREADS];
+
+// Where in the dynamic shared memory: what is read by address alone lies there.
+inline unsigned offset_of(const char* name, const void* shared) {
+    const size_t offset = static_cast<const unsigned char*>(shared) - dynamic;
+    if (offset >= dynamic_size) fail(name, "an address outside the dynamic shared memory");
+    return static_cast<unsigned>(offset);
+}
+
+inline Phase& phase_of(const char* name, const Barrier& barrier) {
+    if (barrier.state < MADE || barrier.state - MADE >= barrier_count)
+        fail(name, "there is no barrier: made by nobody");
+    Phase& phase = barriers[barrier.state - MADE];
+    if (!phase.usable) fail(name, "a barrier without barriers_made after barrier_make");
+    if (phase.maker != index() && phase.made_at == synchronizations)
+        fail(name, "a barrier without a __syncthreads since another thread made it");
+    return phase;
+}
+
+// Zeros outside the tensor; 16 bytes at column c of row r lie at column c ^ r % 8.
+inline void carry_out(const Box& box) {
+    const Map& map = *box.map;
+    for (unsigned long long row = 0; row < map.box[1] * map.box[2]; row++) {
+        const long long y = box.at[1] + row % map.box[1], z = box.at[2] + row / map.box[1];
+        const bool inside = y >= 0 && y < (long long)map.dims[1] && z >= 0 && z < (long long)map.dims[2];
+        const bf16* from = reinterpret_cast<const bf16*>(map.address + z * map.strides[1] + y * map.strides[0]);
+        for (unsigned c = 0; c < 8; c++) {
+            bf16* to = reinterpret_cast<bf16*>(box.shared + row * 128 + (c ^ row % 8) * 16);
+            for (unsigned i = 0; i < 8; i++) {
+                const long long x = box.at[0] + 8 * c + i;
+                to[i].bits = inside && x >= 0 && x < (long long)map.dims[0] ? from[x].bits : 0;
+            }
+        }
+    }
+}
+
+// Ends the phase if all arrivals, and all bytes with what is under way, are there.
+inline bool end_phase(Phase& phase) {
+    long long coming = 0;
+    for (unsigned i = 0; i < box_count; i++)
+        if (boxes[i].phase == &phase) coming += boxes[i].bytes();
+    if (phase.pending || phase.bytes != coming) return false;
+    unsigned kept = 0;
+    for (unsigned i = 0; i < box_count; i++) {
+        if (boxes[i].phase == &phase)
+            carry_out(boxes[i]);
+        else
+            boxes[kept++] = boxes[i];
+    }
+    box_count = kept;
+    phase.number++;
+    phase.pending = phase.arrivals;
+    phase.bytes = 0;
+    return true;
+}
+
+struct Passed : Condition {
+    Phase& phase;
+    unsigned parity;
+    Passed(Phase& phase, unsigned parity) : phase(phase), parity(parity) {}
+    bool holds() override { return phase.number % 2 != parity || end_phase(phase); }
+    const char* tell() override {
+        long long missing = phase.bytes;
+        for (unsigned i = 0; i < box_count; i++)
+            if (boxes[i].phase == &phase) missing -= boxes[i].bytes();
+        snprintf(
+            phase.text[parity], sizeof phase.text[parity],
+            "barrier_wait(barrier %u, parity %u): its phase %u lacks %u arrivals, %lld bytes",
+            static_cast<unsigned>(&phase - barriers), parity, phase.number, phase.pending, missing);
+        return phase.text[parity];
+    }
+};
+
+inline void arrive(const char* name, Barrier& barrier, long long bytes) {
+    Phase& phase = phase_of(name, barrier);
+    // The phase has all arrivals; bytes may be there or not: the GPU takes it for one of the next phase, or errs.
+    if (!phase.pending) fail(name, "more arrivals than the barrier was made for");
+    phase.bytes += bytes;
+    if (phase.bytes > MAX_BYTES) fail(name, "more bytes than a barrier can count");
+    if (--phase.pending || phase.bytes) return;
+    for (unsigned i = 0; i < box_count; i++)
+        if (boxes[i].phase == &phase) return;
+    end_phase(phase);
+    give_way();  // who waited may at once do what this thread must be ready for
+}
+
+constexpr unsigned long long SWIZZLE_128 = 1ull << 62;
+
+// b's element (depth k, column n), read as the GPU finds it from the descriptor alone. PTX ISA, "Strides" and
+// "Shared memory matrix layout": eight rows of 128 bytes lie together, `stride` from the next eight; 64 columns of
+// depth in rows lie `leading` from the next 64. The swizzle is applied to the address that comes out.
+inline void read_b(const char* name, const Product& p, unsigned short (&b)[16][MAX_COLUMNS]) {
+    const unsigned start = p.b % (1 << 14) * 16, leading = (p.b >> 16) % (1 << 14) * 16;
+    const unsigned stride = (p.b >> 32) % (1 << 14) * 16;
+    constexpr unsigned WORD = 8;  // elements in 16 bytes
+    const unsigned rows = p.depth_in_rows ? 16 : p.columns, words = p.depth_in_rows ? p.columns / WORD : 2;
+    for (unsigned row = 0; row < rows; row++) {
+        for (unsigned word = 0; word < words; word++) {
+            unsigned at = start + row / 8 * stride + row % 8 * 128 + word / 8 * leading + word % 8 * 16;
+            at ^= (at >> 7) % 8 << 4;
+            if (at + 16 > dynamic_size) fail(name, "b lies outside the dynamic shared memory");
+            for (unsigned i = 0; i < box_count; i++)
+                if (dynamic + at - boxes[i].shared < boxes[i].bytes() && dynamic + at >= boxes[i].shared)
+                    fail(name, "b is a box that no wait for its barrier has passed for");
+            unsigned short x[WORD];
+            memcpy(x, dynamic + at, sizeof x);
+            for (unsigned i = 0; i < WORD; i++) {
+                if (p.depth_in_rows)
+                    b[row][word * WORD + i] = x[i];
+                else
+                    b[word * WORD + i][row] = x[i];
+            }
+        }
+    }
+}
+
+// The row and the column, in the warp's 16 rows, of a lane's register i of those for eight columns.
+inline unsigned row_of(unsigned lane, unsigned i) { return lane / 4 + i / 2 * 8; }
+inline unsigned column_of(unsigned lane, unsigned i) { return lane % 4 * 2 + i % 2; }
+
+// By the first lane that goes on after all have issued the product.
+inline void start(WarpProducts& warp) {
+    const char* name = "product_64x16";
+    Product& p = warp.queue[warp.started++ % MAX_PRODUCTS];
+    if (p.b >> 62 != SWIZZLE_128 >> 62) fail(name, "b is no descriptor with a swizzle of 128 bytes: not from factor");
+    const unsigned start = p.b % (1 << 14) * 16;
+    // Otherwise the descriptor needs a base offset, which factor does not give.
+    if (start / 128 % 8) fail(name, "b begins at a row that is no multiple of eight");
+    if (start % 128 % (p.depth_in_rows ? 128 : 32)) fail(name, "b begins amid a row's 16 columns of depth, or its 64");
+    if (p.depth_in_rows && p.columns > 64 && !((p.b >> 16) % (1 << 14))) fail(name, "factor was not told `aside`");
+    read_b(name, p, p.b_then);
+    p.sum = nullptr;
+    for (Sum& sum : warp.sums)
+        if (sum.under_way && sum.d[0] == p.d[0]) p.sum = &sum;
+    if (p.sum && p.sum->columns != p.columns) fail(name, "products of two shapes are under way for one d");
+    if (!p.sum) {
+        for (Sum& sum : warp.sums)
+            if (!sum.under_way) p.sum = &sum;
+        if (!p.sum) fail(name, "too many d under way");
+        memcpy(p.sum->d, p.d, sizeof p.d);
+        p.sum->columns = p.columns;
+        for (unsigned l = 0; l < WARP_LANES; l++) {
+            for (unsigned i = 0; i < p.columns / 2; i++)
+                p.sum->rows[row_of(l, i % 4)][i / 4 * 8 + column_of(l, i % 4)] = p.d[l][i];
+            memset(p.d[l], 0xff, p.columns / 2 * sizeof(float));
+        }
+    }
+    p.sum->under_way++;
+}
+
+template <unsigned columns>
+__attribute__((noinline)) void multiply(float (&sum)[16][MAX_COLUMNS], const float (&a)[16][16], const Product& p) {
+    float b[16][columns];
+    for (unsigned k = 0; k < 16; k++)
+        for (unsigned n = 0; n < columns; n++) b[k][n] = bits<float>(static_cast<unsigned>(p.b_then[k][n]) << 16);
+    for (unsigned m = 0; m < 16; m++) {
+        float row[columns];
+        for (unsigned n = 0; n < columns; n++) row[n] = p.add ? sum[m][n] : 0.0f;
+        for (unsigned k = 0; k < 16; k++) {
+            const float x = a[m][k];
+            for (unsigned n = 0; n < columns; n++) row[n] += x * b[k][n];
+        }
+        memcpy(sum[m], row, sizeof row);
+    }
+}
+
+// By the first lane that goes on after all have come to the wait.
+inline void finish(WarpProducts& warp) {
+    const char* name = "products_wait";
+    static unsigned short b_now[16][MAX_COLUMNS];
+    const Product& p = warp.queue[warp.finished++ % MAX_PRODUCTS];
+    float a[16][16];
+    for (unsigned l = 0; l < WARP_LANES; l++) {
+        if (memcmp(p.a_then[l], p.a[l], sizeof p.a_then[l]))
+            fail(name, "a was written, or left its scope, while a product was under way");
+        for (unsigned i = 0; i < p.columns / 2; i++)
+            if (bits<unsigned>(p.d[l][i]) != 0xffffffff) fail(name, "d was written while a product was under way");
+        for (unsigned i = 0; i < 8; i++)
+            a[l / 4 + i / 2 % 2 * 8][l % 4 * 2 + i % 2 + i / 4 * 8] = of_pair(p.a_then[l][i / 2], i % 2);
+    }
+    read_b(name, p, b_now);
+    for (unsigned k = 0; k < 16; k++)
+        if (memcmp(b_now[k], p.b_then[k], p.columns * sizeof b_now[k][0]))
+            fail(name, "b was written while a product was under way");
+    if (p.columns == 64)
+        multiply<64>(p.sum->rows, a, p);
+    else
+        multiply<128>(p.sum->rows, a, p);
+    if (--p.sum->under_way) return;
+    for (unsigned l = 0; l < WARP_LANES; l++)
+        for (unsigned i = 0; i < p.columns / 2; i++)
+            p.d[l][i] = p.sum->rows[row_of(l, i % 4)][i / 4 * 8 + column_of(l, i % 4)];
+}
+
+inline LaneProducts& lane_of_warpgroup(const char* name) {
+    if (index() / 128 * 128 + 128 > threads) fail(name, "the block ends within this warpgroup of four warps");
+    return lane_products[index()];
+}
+
+static void start_block() {
+    barrier_count = box_count = 0;
+    memset(lane_products, 0, sizeof lane_products);
+    for (unsigned w = 0; w < (threads + WARP_LANES - 1) / WARP_LANES; w++) {
+        products[w].started = products[w].finished = 0;
+        for (Sum& sum : products[w].sums) sum.under_way = 0;
+    }
+}
+
+static void end_block() {
+    if (box_count) return report(": copy_box: %u boxes that nobody waited for", box_count);
+    for (unsigned w = 0; w < (threads + WARP_LANES - 1) / WARP_LANES; w++) {
+        const unsigned left = products[w].started - products[w].finished;
+        if (left) return report(": product_64x16: warp %u never waited for %u products", w, left);
+        if (products[w].started != products[w / 4 * 4].started)
+            return report(": product_64x16: warps %u and %u of a warpgroup issued different numbers", w / 4 * 4, w);
+    }
+}
+
+static const bool registered = (at_start = start_block, at_end = end_block, true);
+
+}  // namespace shim
+
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+    return shim::offset_of("shared_address", pointer);
+}
+
+__device__ __forceinline__ void barrier_make(Barrier& barrier, int arrivals) {
+    const char* name = "barrier_make";
+    using namespace shim;
+    if (arrivals < 1 || arrivals > MAX_BYTES) fail(name, "a number of arrivals that is not 1 to 2^20 - 1");
+    if (barrier.state >= MADE && barrier.state - MADE < barrier_count) fail(name, "a barrier that is there already");
+    if (barrier_count == MAX_BARRIERS) fail(name, "too many barriers");
+    const unsigned count = static_cast<unsigned>(arrivals);
+    barriers[barrier_count] = {count, count, 0, 0, index(), synchronizations, false, {}};
+    barrier.state = MADE + barrier_count++;
+}
+
+__device__ __forceinline__ void barriers_made() {
+    for (unsigned i = 0; i < shim::barrier_count; i++)
+        shim::barriers[i].usable |= shim::barriers[i].maker == shim::index();
+}
+
+__device__ __forceinline__ void barrier_arrive(Barrier& barrier) { shim::arrive("barrier_arrive", barrier, 0); }
+
+__device__ __forceinline__ void barrier_arrive_expecting(Barrier& barrier, int bytes) {
+    shim::arrive("barrier_arrive_expecting", barrier, bytes);
+}
+
+__device__ __forceinline__ void barrier_wait(Barrier& barrier, unsigned parity) {
+    const char* name = "barrier_wait";
+    if (parity > 1) shim::fail(name, "a parity that is neither 0 nor 1");
+    shim::Passed passed(shim::phase_of(name, barrier), parity);
+    if (!passed.holds()) shim::wait_for(passed, name);
+    asm volatile("" ::: "memory");
+}
+
+__device__ __forceinline__ void copy_box(
+    void* shared, const unsigned long long* map_, int x, int y, int z, Barrier& barrier) {
+    const char* name = "copy_box";
+    using namespace shim;
+    const Map* map = reinterpret_cast<const Map*>(map_);
+    Phase& phase = phase_of(name, barrier);
+    if (map->kind != TENSOR_MAP) fail(name, "no tensor map there");
+    if (box_count == MAX_BOXES) fail(name, "too many copies under way");
+    const Box box = {&phase, static_cast<unsigned char*>(shared), map, {x, y, z}};
+    const unsigned offset = offset_of(name, shared);
+    if (offset % 1024) fail(name, "a box that does not begin at a multiple of 1,024 bytes");
+    if (offset + box.bytes() > dynamic_size) fail(name, "the box ends outside the dynamic shared memory");
+    memset(shared, 0xff, box.bytes());  // until waited for, neither the old nor the new may be read
+    boxes[box_count++] = box;
+}
+
+__device__ __forceinline__ unsigned long long factor(const void* shared, int aside = 0) {
+    constexpr unsigned long long EIGHT_ROWS = 1024 / 16;
+    const unsigned long long start = (shared_address(shared) & 0x3ffff) / 16, beside = aside / 16;
+    if (shared_address(shared) % 16 || aside % 16 || aside < 0) shim::fail("factor", "not in multiples of 16 bytes");
+    return shim::SWIZZLE_128 | EIGHT_ROWS << 32 | beside << 16 | start;
+}
+
+template <bool DEPTH_IN_ROWS, int N>
+__device__ __forceinline__ void product_64x16(
+    float (&d)[N][4], const unsigned (&a)[4], unsigned long long b, bool add) {
+    static_assert(N == 8 || N == 16, "64 or 128 columns");
+    const char* name = "product_64x16";
+    using namespace shim;
+    LaneProducts& mine = lane_of_warpgroup(name);
+    WarpProducts& warp = products[index() / WARP_LANES];
+    if (!mine.begun) fail(name, "no products_begin before a group's first product");
+    if (mine.issued - warp.finished >= MAX_PRODUCTS) fail(name, "too many products under way");
+    Product& p = warp.queue[mine.issued++ % MAX_PRODUCTS];
+    p.b = b, p.add = add, p.depth_in_rows = DEPTH_IN_ROWS, p.columns = 8 * N, p.group = mine.groups;
+    p.d[lane()] = &d[0][0], p.a[lane()] = a;
+    memcpy(p.a_then[lane()], a, sizeof a);
+    const unsigned same[] = {static_cast<unsigned>(b), static_cast<unsigned>(b >> 32), add, DEPTH_IN_ROWS, N};
+    const Slot* lanes = meet(name, 0xffffffffu, same, sizeof same);
+    if (memcmp(&lanes[0], same, sizeof same)) fail(name, "the lanes of a warp ask for different products");
+    if (warp.started != mine.issued) start(warp);
+}
+
+__device__ __forceinline__ void products_begin() {
+    shim::lane_of_warpgroup("products_begin").begun = true;
+    shim::meet("products_begin", 0xffffffffu, nullptr, 0);
+}
+
+__device__ __forceinline__ void products_commit() {
+    shim::LaneProducts& mine = shim::lane_of_warpgroup("products_commit");
+    mine.groups++;
+    mine.begun = false;
+    shim::meet("products_commit", 0xffffffffu, nullptr, 0);
+}
+
+template <int groups>
+__device__ __forceinline__ void products_wait() {
+    const shim::LaneProducts& mine = shim::lane_of_warpgroup("products_wait");
+    shim::WarpProducts& warp = shim::products[shim::index() / shim::WARP_LANES];
+    shim::meet("products_wait", 0xffffffffu, nullptr, 0);
+    while (warp.finished != warp.started && warp.queue[warp.finished % shim::MAX_PRODUCTS].group + groups < mine.groups)
+        shim::finish(warp);
+    asm volatile("" ::: "memory");
+}
+
+template <int N>
+__device__ __forceinline__ void products_done(float (&d)[N][4]) {
+    const unsigned l = shim::lane();
+    for (const shim::Sum& sum : shim::products[shim::index() / shim::WARP_LANES].sums)
+        if (sum.under_way && sum.d[l] == &d[0][0]) shim::fail("products_done", "products for d are under way");
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    constexpr float SMALLEST = 0x1p-126f;
+    const float y = exp2f(x);
+    return y < SMALLEST ? 0.0f : y;
+}
