@@ -346,8 +346,8 @@ __device__ void pipeline(
     int mistake) {
     constexpr int STAGES = 2, BOX = KEYS * 128, TILE = HS / 64 * BOX, N_S = KEYS / 8, N_O = HS / 8;
     __shared__ Barrier full[STAGES], empty[STAGES];
-    DYNAMIC_SHARED(char, shared);
-    const int tiles = (T + KEYS - 1) / KEYS, head = blockIdx.x, warp = threadIdx.x / WARP - 4, l = threadIdx.x % WARP;
+    DYNAMIC_SHARED(char, tiles);
+    const int count = (T + KEYS - 1) / KEYS, head = blockIdx.x, warp = threadIdx.x / WARP - 4, l = threadIdx.x % WARP;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             if (mistake != NOT_MADE || i == 0) barrier_make(full[i], 1);
@@ -358,9 +358,9 @@ __device__ void pipeline(
     if (mistake != NOT_SYNCHRONIZED) __syncthreads();
     if (warp < 0) {
         if (threadIdx.x != 0) return;
-        for (int tile = 0; tile < tiles; tile++) {
+        for (int tile = 0; tile < count; tile++) {
             const int stage = tile % STAGES;
-            char* k = shared + stage * 2 * TILE + (mistake == BOX_AMID_ROWS ? 128 : 0);
+            char* k = tiles + stage * 2 * TILE + (mistake == BOX_AMID_ROWS ? 128 : 0);
             if (mistake != NO_WAIT_FOR_ROOM) barrier_wait(empty[stage], tile / STAGES % 2 ^ 1);
             if (mistake == NO_EXPECTATION) barrier_arrive(full[stage]);
             else
@@ -379,9 +379,9 @@ __device__ void pipeline(
     for (int i = 0; i < HS / 16 * 4; i++)
         a[i / 4][i % 4] = *reinterpret_cast<const unsigned*>(
             q + (head * 128 + row + i % 2 * 8) * HS + i / 4 * 16 + i % 4 / 2 * 8 + column);
-    for (int tile = 0; tile < tiles; tile++) {
+    for (int tile = 0; tile < count; tile++) {
         const int stage = tile % STAGES;
-        const char *k = shared + stage * 2 * TILE, *v = k + TILE;
+        const char *k = tiles + stage * 2 * TILE, *v = k + TILE;
         if (mistake != NO_WAIT_FOR_BOX) barrier_wait(full[stage], tile / STAGES % 2 ^ (mistake == WRONG_PARITY));
         if (mistake != NO_BEGIN) products_begin();
         for (int i = 0; i < HS / 16; i++) {
@@ -411,7 +411,7 @@ __device__ void pipeline(
                 o, p[i], factor(v + i * 2048, mistake == NO_ASIDE ? 0 : mistake == WRONG_ASIDE ? 1024 : BOX),
                 tile > 0 || i > 0);
         products_commit();
-        if (mistake != NO_WAIT_FOR_PRODUCTS || tile < tiles - 1) products_wait<0>();
+        if (mistake != NO_WAIT_FOR_PRODUCTS || tile < count - 1) products_wait<0>();
         if (mistake != NO_WAIT_FOR_PRODUCTS) products_done(o);
         if (mistake != RELEASES_EARLY && l == 0) barrier_arrive(empty[stage]);
         if (mistake == ARRIVES_TWICE && l == 0) barrier_arrive(empty[stage]);
@@ -433,7 +433,7 @@ PIPELINE(128, 128)
 
 // One box, as it lies in shared memory; every thread waits.
 extern "C" __global__ void box(const unsigned long long* map, unsigned* out, int bytes, int x, int y, int z) {
-    DYNAMIC_SHARED(unsigned, shared);
+    DYNAMIC_SHARED(unsigned, words);
     __shared__ Barrier there;
     if (threadIdx.x == 40) {
         barrier_make(there, 1);
@@ -441,13 +441,13 @@ extern "C" __global__ void box(const unsigned long long* map, unsigned* out, int
     }
     __syncthreads();
     if (threadIdx.x == 40) {
-        copy_box(shared + 256, map, x, y, z, there);  // before the barrier knows of it
+        copy_box(words + 256, map, x, y, z, there);  // before the barrier knows of it
         barrier_arrive_expecting(there, bytes);
     }
-    for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) out[i] = shared[256 + i];
+    for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) out[i] = words[256 + i];
     __syncthreads();
     barrier_wait(there, 0);
-    for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) out[bytes / 4 + i] = shared[256 + i];
+    for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) out[bytes / 4 + i] = words[256 + i];
 }
 
 // Two groups under way, of which the older is waited for first.
