@@ -340,13 +340,20 @@ PIPELINE = r"""
 
 enum { MISTAKES };
 
+// Boxes begin at multiples of 1,024 bytes, dynamic shared memory wherever the other ends.
+template <typename T>
+__device__ T* aligned(T* p) {
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(p) + (-shared_address(p) & 1023));
+}
+
 template <int KEYS, int HS>
 __device__ void pipeline(
     const bf16* q, const unsigned long long* k_map, const unsigned long long* v_map, float* s_out, float* o_out, int T,
     int mistake) {
     constexpr int STAGES = 2, BOX = KEYS * 128, TILE = HS / 64 * BOX, N_S = KEYS / 8, N_O = HS / 8;
     __shared__ Barrier full[STAGES], empty[STAGES];
-    DYNAMIC_SHARED(char, tiles);
+    DYNAMIC_SHARED(char, bytes);
+    char* tiles = aligned(bytes);
     const int count = (T + KEYS - 1) / KEYS, head = blockIdx.x, warp = threadIdx.x / WARP - 4, l = threadIdx.x % WARP;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
@@ -433,26 +440,30 @@ PIPELINE(128, 128)
 
 // One box, as it lies in shared memory; every thread waits.
 extern "C" __global__ void box(const unsigned long long* map, unsigned* out, int bytes, int x, int y, int z) {
-    DYNAMIC_SHARED(unsigned, words);
+    DYNAMIC_SHARED(unsigned, unaligned);
+    unsigned* words = aligned(unaligned) + 256;
     __shared__ Barrier there;
+    for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) words[i] = 1;
     if (threadIdx.x == 40) {
         barrier_make(there, 1);
         barriers_made();
     }
     __syncthreads();
     if (threadIdx.x == 40) {
-        copy_box(words + 256, map, x, y, z, there);  // before the barrier knows of it
+        copy_box(words, map, x, y, z, there);  // before the barrier knows of it
         barrier_arrive_expecting(there, bytes);
     }
-    for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) out[i] = words[256 + i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) out[i] = words[i];
     __syncthreads();
     barrier_wait(there, 0);
-    for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) out[bytes / 4 + i] = words[256 + i];
+    for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) out[bytes / 4 + i] = words[i];
 }
 
 // Two groups under way, of which the older is waited for first.
 extern "C" __global__ void groups(float* out) {
-    DYNAMIC_SHARED(bf16, b);
+    DYNAMIC_SHARED(bf16, everything);
+    bf16* b = aligned(everything);
     for (int i = threadIdx.x; i < 64 * 64; i += blockDim.x) narrow(b[i], 1.0f);
     __syncthreads();
     const unsigned a[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
@@ -515,7 +526,7 @@ def run_pipeline(hopper, keys: int, hs: int, mistake: str = "none", T: int = 200
     k, v = kv[:, :, 0], kv[:, :, 1]
     s, o = np.zeros((2, 128, T), np.float32), np.zeros((2, 128, hs), np.float32)
     maps = [tensor_map(x, (hs, T, 2), x.strides[1::-1], (64, keys, 1)) for x in (k, v)]
-    shared = 4 * keys * hs * 2
+    shared = 1024 + 4 * keys * hs * 2
     hopper.launch(
         f"pipeline_{keys}_{hs}",
         (2, 1, 1),
@@ -581,9 +592,9 @@ def test_boxes_are_swizzled_and_zero_outside(hopper, corner):
     out = np.zeros((2, 2 * 12 * 64), np.uint16)
     arguments = [np.int32(n) for n in (out[0].nbytes, *corner)]
     hopper.launch(
-        "box", ONE, (64, 1, 1), 1024 + out[0].nbytes, [tensor_map(x, dims, (192, 192 * 40), box), out, *arguments]
+        "box", ONE, (64, 1, 1), 2048 + out[0].nbytes, [tensor_map(x, dims, (192, 192 * 40), box), out, *arguments]
     )
-    assert (out[0] == 0xFFFF).all()  # no wait yet
+    assert (out[0] == 0xFFFF).all()  # no wait yet: neither the old nor the new
     where = np.meshgrid(*(np.arange(n) + at for n, at in zip(box[::-1], corner[::-1], strict=True)), indexing="ij")
     inside = np.all([(at >= 0) & (at < n) for at, n in zip(where, dims[::-1], strict=True)], axis=0)
     rows = np.where(inside, x[tuple(at * inside for at in where)], 0).reshape(24, 8, 8)
@@ -593,11 +604,11 @@ def test_boxes_are_swizzled_and_zero_outside(hopper, corner):
 
 def test_groups_of_products_are_waited_for_oldest_first(hopper):
     out = np.zeros((128, 4), np.float32)
-    hopper.launch("groups", ONE, (128, 1, 1), 64 * 128, [out])
+    hopper.launch("groups", ONE, (128, 1, 1), 1024 + 64 * 128, [out])
     assert np.isnan(out[:, 1]).all()
     assert (out[:, [0, 2, 3]] == 32).all()
     with pytest.raises(ShimError, match="the block ends within this warpgroup"):
-        hopper.launch("groups", ONE, (96, 1, 1), 64 * 128, [out])
+        hopper.launch("groups", ONE, (96, 1, 1), 1024 + 64 * 128, [out])
 
 
 def test_exp2_fast(hopper):
