@@ -316,10 +316,12 @@ def test_of_equally_fast_ones_the_library_s_order_decides(stand_in, first, choic
     assert set(chosen(cublaslt.tune([SMALL], {}, nothing)).values()) == {choice}
 
 
-def test_one_proposal_needs_no_race(stand_in):
-    stand_in.proposed = [5]
-    assert set(chosen(cublaslt.tune([SMALL], {}, nothing)).values()) == {5}
-    assert not stand_in.ran
+def test_a_table_tells_people_what_was_chosen_and_what_it_gains(stand_in):
+    stand_in.proposed, stand_in.speeds = [2, 3, 4], Counter({2: 9e-6, 3: 2e-6, 4: 3e-6})
+    (record,) = cublaslt.tune([SMALL], {}, nothing)["algorithms"].values()
+    assert bytes.fromhex(record.pop("algo")) == np.array([3] + [0] * 7, np.uint64).tobytes()
+    assert (record.pop("id"), record.pop("us"), record.pop("first_us")) == (3, 2.0, 9.0)
+    assert record == dict.fromkeys(("tile_id", "stages_id", "splitk_num", "reduction_scheme", "cluster_shape_id"), 7)
 
 
 def test_what_was_chosen_is_kept_on_the_disk(stand_in, tmp_path):

@@ -29,6 +29,7 @@ WORKSPACE_BYTES = 64 << 20  # twice what NVIDIA advises for Hopper: more ways to
 # Numbers of cublasLt's C interface that the bindings do not name.
 COMPUTE_32F = 68
 CUDA_TYPES = {np.dtype(np.float32): 0, BF16: 14}
+WITH_BIAS, WITH_AUX = ("BIAS", "GELU_AUX_BIAS"), ("DGELU", "GELU_AUX_BIAS")  # epilogues
 CANDIDATES = 32
 ALIGNMENT = 256  # bytes: what cublasLt chooses algorithms for unless it is told
 
@@ -225,8 +226,10 @@ class _Library:
     def accepts(self, op: Operation, digits: str) -> bool:
         """Whether cublasLt can do it with this algorithm."""
         lt, plan, algorithm = self._lt, self._describe(op), self._algorithm(digits)
-        for attribute in (lt.MatmulDescAttribute.BIAS_POINTER, lt.MatmulDescAttribute.EPILOGUE_AUX_POINTER):
-            self._set(plan.description, attribute, self._workspace.data.ptr)  # until run sets them: any will do
+        attributes = lt.MatmulDescAttribute
+        for attribute, epilogues in ((attributes.BIAS_POINTER, WITH_BIAS), (attributes.EPILOGUE_AUX_POINTER, WITH_AUX)):
+            if op.epilogue in epilogues:  # any address will do, until there is one to compute with
+                self._set(plan.description, attribute, self._workspace.data.ptr)
         result = np.zeros(1, lt.matmul_heuristic_result_dtype)
         operands = plan.description, plan.b, plan.a, plan.out, plan.out
         try:
@@ -236,25 +239,27 @@ class _Library:
         return bool(result["workspace_size"][0] <= WORKSPACE_BYTES)
 
     def fastest(self, op: Operation) -> dict[str, Any]:
-        """The fastest of cublasLt's proposals, for a table: its digits, and for people what it is."""
+        """The fastest of cublasLt's proposals, for a table: its digits, and for people what it is, its microseconds and
+        those of the first proposal.
+        """
         plan = self._describe(op)
         candidates = self._candidates(op, plan)
-        algorithm = candidates[self._race(op, [plan._replace(algorithm=candidate) for candidate in candidates])]
-        return {"algo": algorithm.tobytes().hex()} | self._settings(algorithm)
+        best, medians = self._race(op, [plan._replace(algorithm=candidate) for candidate in candidates])
+        times = {"us": round(medians[best] * 1e6, 1), "first_us": round(medians[0] * 1e6, 1)}
+        return {"algo": candidates[best].tobytes().hex()} | self._settings(candidates[best]) | times
 
-    def _race(self, op: Operation, plans: list[Plan]) -> int:
-        """Which of them is the fastest, by its median. In turns, so that a clock that drifts is the same for all."""
-        if len(plans) == 1:
-            return 0
+    def _race(self, op: Operation, plans: list[Plan]) -> tuple[int, list[float]]:
+        """Which of them is the fastest, and the median of each one's seconds. They run in turns, so that a clock that
+        drifts is the same for all.
+        """
         size = op.M * op.N
-        has_bias, has_aux = op.epilogue in ("BIAS", "GELU_AUX_BIAS"), op.epilogue in ("DGELU", "GELU_AUX_BIAS")
         operands = (
             self._noise(size, op.dtype),
             self._noise(op.M * op.K, BF16),
             self._noise(op.K * op.N, BF16),
             self._noise(size, op.dtype) if op.add else None,
-            self._noise(op.N, BF16) if has_bias else None,
-            self._noise(size, BF16) if has_aux else None,
+            self._noise(op.N, BF16) if op.epilogue in WITH_BIAS else None,
+            self._noise(size, BF16) if op.epilogue in WITH_AUX else None,
         )
         flush = cuda.zeros((FLUSH_BYTES,), np.uint8)
 
@@ -274,8 +279,9 @@ class _Library:
             if turn == FIRST_ROUNDS - 1:
                 limit = SLOW * min(min(seconds[n]) for n in racing)
                 racing = [n for n in racing if min(seconds[n]) <= limit]
-        medians = {n: float(np.median(seconds[n])) for n in racing}
-        return next(n for n in racing if medians[n] <= TIE * min(medians.values()))
+        medians = [float(np.median(seconds[n])) for n in range(len(plans))]
+        limit = TIE * min(medians[n] for n in racing)
+        return next(n for n in racing if medians[n] <= limit), medians
 
     def _noise(self, size: int, dtype: np.dtype) -> Array:
         """The bytes of normal numbers, which repeat: zeros are multiplied faster, for they cost less power."""
@@ -327,9 +333,9 @@ class _Library:
         describe(attributes.TRANSA, op.transpose_b, np.int32)
         describe(attributes.TRANSB, op.transpose_a, np.int32)
         describe(attributes.EPILOGUE, lt.Epilogue[op.epilogue], np.uint32)
-        if op.epilogue in ("BIAS", "GELU_AUX_BIAS"):
+        if op.epilogue in WITH_BIAS:
             describe(attributes.BIAS_DATA_TYPE, CUDA_TYPES[BF16], np.int32)
-        if op.epilogue in ("DGELU", "GELU_AUX_BIAS"):
+        if op.epilogue in WITH_AUX:
             describe(attributes.EPILOGUE_AUX_LD, op.N, np.int64)
 
         a_rows, a_columns = (op.K, op.M) if op.transpose_a else (op.M, op.K)
