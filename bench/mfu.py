@@ -280,7 +280,7 @@ def write_up(figures: dict[str, Any], rows: list[Row], what: str) -> str:
     if tuned := figures["tuning"].get("algorithms"):
         chosen, first = (sum(record[key] for record in tuned.values()) for key in ("us", "first_us"))
         lines.append(
-            f"{len(tuned)} kinds of matrix multiply by the algorithms fastest when they were timed: once each, they take "
+            f"{len(tuned)} kinds of matrix multiply by the algorithms that were timed fastest: once each, they take "
             f"{chosen:,.0f} us, by cublasLt's first proposals {first:,.0f} us"
         )
     total, floor = sum(row.ms for row in rows), sum(row.floor for row in rows)
