@@ -174,6 +174,7 @@ def sustained(dev: ModuleType, step: Callable[[], Any], warm_up: float, seconds:
 @click.option("-t", "T", default=1024, help="Tokens in a sequence.")
 @click.option("-r", "recompute", type=click.IntRange(0, 2), default=0, help="Recomputation, as in train.py.")
 @click.option("-ge", "gelu_fusion", type=click.IntRange(-1, 2), default=-1, help="GELU fusion, as in train.py.")
+@click.option("--gemm-search", type=click.Choice(["auto", "off"]), default="auto", help="As in train.py.")
 @click.option("--vocabulary", "V", default=50257, help="Tokens in the vocabulary.")
 @click.option("--device", "wanted", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="As in train.py.")
 @click.option("--warm-up", default=20.0, help="Seconds of load before anything is timed.")
@@ -187,6 +188,7 @@ def main(
     T: int,
     recompute: int,
     gelu_fusion: int,
+    gemm_search: str,
     V: int,
     wanted: str,
     warm_up: float,
@@ -202,7 +204,10 @@ def main(
     if problem := operations.unsupported(B, config.C, config.HS):
         raise UsageError(f"-e {model}: {problem}")
     require_memory(run, config, dev, operations, 1)
-    operations.prepare(config.dims() | {"B": B, "T": T}, gelu_fusion, dev.COMPUTE_DTYPE)
+    dims = config.dims() | {"B": B, "T": T}
+    operations.prepare(dims, gelu_fusion, dev.COMPUTE_DTYPE)
+    tuning = operations.tune(dims, dev.COMPUTE_DTYPE, {}, print) if gemm_search == "auto" else {}
+    operations.use_tuning(tuning)
     recorded = Recorded(operations, dev)
     inp, targets = np.random.default_rng(0).integers(0, V, (2, B, T)).astype(np.int32)
     rates = measure_rates(dev, operations)
@@ -223,6 +228,7 @@ def main(
         "machine": name,
         "versions": versions(),
         "gpu": gpu,
+        "tuning": tuning,
         "steps": len(times),
         "ms": ms,
         "tokens_per_second": B * T / ms * 1000,
@@ -271,6 +277,12 @@ def write_up(figures: dict[str, Any], rows: list[Row], what: str) -> str:
     ]
     if gpu:
         lines.append(f"{gpu['clock_mhz']:,} MHz, {gpu['watts']} W (means), peak of memory {gpu['peak_mib']:,} MiB")
+    if tuned := figures["tuning"].get("algorithms"):
+        chosen, first = (sum(record[key] for record in tuned.values()) for key in ("us", "first_us"))
+        lines.append(
+            f"{len(tuned)} kinds of matrix multiply by the algorithms that were timed fastest: once each, they take "
+            f"{chosen:,.0f} us, by cublasLt's first proposals {first:,.0f} us"
+        )
     total, floor = sum(row.ms for row in rows), sum(row.floor for row in rows)
     lines += ["", f"{'operation':30} calls       ms   step  TFLOP/s    GB/s  floor ms  floor"]
     sums = (sum(column) for column in zip(*(row[4:] for row in rows), strict=True))

@@ -204,6 +204,12 @@ class RunConfig:
         "GELU inside the GPU's matrix multiply: 0 no, 1 forward, 2 both; -1: what is fastest on this GPU",
         choices=(-1, 0, 1, 2),
     )
+    gemm_search: str = option(
+        "auto",
+        "--gemm-search",
+        "auto: time cublasLt's algorithms for each matrix multiply, once for a GPU; off: take its first",
+        choices=("auto", "off"),
+    )
     # several ranks
     zero_stage: int = option(0, "--zero-stage -z", "ZeRO stage", choices=(0, 1, 2))
     lanes: int = option(

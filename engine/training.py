@@ -13,7 +13,7 @@ import numpy as np
 
 from engine import checkpoint, device, llmc_model, ops, shards, tokenizer
 from engine.arena import Arena, own_slot
-from engine.comm import Communicator, fingerprints
+from engine.comm import Communicator, fingerprints, from_rank_0
 from engine.config import GPT2Config, RunConfig, model_from_descriptor
 from engine.data import Loader, Samples
 from engine.errors import CheckpointError, DataError, DesyncError, UsageError
@@ -148,7 +148,10 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
     require_memory(run, config, dev, operations, comm.world)
 
     grad_dtype = gradient_dtype(run, dev)
-    operations.prepare(config.dims() | {"B": run.B, "T": run.T}, run.gelu_fusion, grad_dtype)
+    dims = config.dims() | {"B": run.B, "T": run.T}
+    operations.prepare(dims, run.gelu_fusion, grad_dtype)
+    before = saved.state.get("tuning", {}) if saved else {}
+    identity["tuning"] = _tuning(run, comm, operations, dims, grad_dtype, before, say)
     model = gpt2.GPT2(
         config,
         operations,
@@ -229,6 +232,7 @@ def plan(training: Training) -> str:
             ("-w", on_cpu and not run.master_weights),
             ("-ge", on_cpu and run.gelu_fusion != -1),
             ("--grad-dtype", on_cpu and run.grad_dtype != "bf16"),
+            ("--gemm-search", on_cpu and run.gemm_search != "auto"),
             ("-z", run.zero_stage != 0 and world == 1),
             ("-pg", run.gpus_per_node != 8),
         )
@@ -318,6 +322,23 @@ def _steps(run: RunConfig, samples: Samples, world: int) -> int:
             "not one step. Give -x, a smaller -b or -d, or more data"
         )
     return steps
+
+
+def _tuning(
+    run: RunConfig,
+    comm: Communicator,
+    operations: ModuleType,
+    dims: dict[str, int],
+    grad_dtype: Any,
+    before: dict[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What rank 0 chooses by timing, or takes from the table `before`, and all ranks use: the same bits everywhere."""
+    wanted = run.gemm_search == "auto" and comm.rank == 0
+    chosen = operations.tune(dims, grad_dtype, before, say) if wanted else {}
+    table = json.loads(from_rank_0(comm, json.dumps(chosen).encode()))
+    operations.use_tuning(table)
+    return table
 
 
 def _initial_parameters(config: GPT2Config, seed: int) -> dict[str, np.ndarray]:

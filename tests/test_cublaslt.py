@@ -5,14 +5,19 @@ So a wrong transpose, leading dimension, epilogue or addend shows here, on the C
 """
 
 import ctypes
+import json
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from engine import ops
+from engine.config import GPT2Config
 from engine.device import cublaslt
 from engine.device.kernels import BF16
+from engine.models.gpt2 import GPT2
 from engine.ops.numpy import gelu
 from tests.twins import EPS16, F32, matmul, sum_error
 
@@ -43,26 +48,50 @@ def at(address, dtype, count):
     return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype)
 
 
+EPILOGUES = {"DEFAULT": 1, "BIAS": 4, "GELU_AUX_BIAS": 164, "DGELU": 192}
+
+
 class Attributes:
-    """Whatever is asked for by name is its own number."""
+    """Whatever is asked for by name is its own number, or what `numbers` says."""
+
+    def __init__(self, numbers=EPILOGUES.__getitem__):
+        self._numbers = numbers
 
     def __getattr__(self, name):
         return name
 
     def __getitem__(self, name):
-        return {"DEFAULT": 1, "BIAS": 4, "GELU_AUX_BIAS": 164, "DGELU": 192}[name]
+        return self._numbers(name)
 
 
 class StandIn:
-    """As much of nvmath.bindings.cublasLt as is called."""
+    """As much of nvmath.bindings.cublasLt as is called, with a clock that each algorithm takes its time by.
+
+    It proposes the algorithms 1, which it can't do, and those of `proposed`; each takes the seconds in `speeds`.
+    """
+
+    cuBLASLtError = type("cuBLASLtError", (Exception,), {})
+    MatmulAlgoConfigAttribute = Attributes(lambda name: name)
 
     MatmulDescAttribute, MatmulPreferenceAttribute, Epilogue = Attributes(), Attributes(), Attributes()
     ReductionScheme = SimpleNamespace(COMPUTE_TYPE=2)
-    matmul_heuristic_result_dtype = np.dtype([("algo", "<u8", (8,)), ("state", "<i4")])
+    matmul_heuristic_result_dtype = np.dtype(
+        [("algo", [("data_", "<u8", (8,))]), ("workspace_size", "<u8"), ("state", "<i4")]
+    )
 
     def __init__(self):
         self.objects = [None]
         self.plans = 0
+        self.version = 130100
+        self.proposed = [2, 3]
+        self.speeds = Counter()
+        self.clock = 0.0
+        self.ran = []  # algorithms, in order
+        self.refused = set()
+        self.needed = {}  # bytes of workspace, by algorithm
+
+    def get_version(self):
+        return self.version
 
     def _new(self, thing):
         self.objects.append(thing)
@@ -88,24 +117,43 @@ class StandIn:
         self.objects[preference][attribute] = int.from_bytes(ctypes.string_at(buffer, size), "little")
 
     def matmul_preference_destroy(self, preference):
-        assert self.objects[preference] == {"MAX_WORKSPACE_BYTES": 32 << 20, "REDUCTION_SCHEME_MASK": 2}
+        assert self.objects[preference] == {"MAX_WORKSPACE_BYTES": 64 << 20, "REDUCTION_SCHEME_MASK": 2}
 
     def matmul_algo_get_heuristic(self, handle, description, a, b, c, d, preference, asked, results, count):
         found = at(results, self.matmul_heuristic_result_dtype, asked)
-        found["state"][:3] = 15, 0, 0  # the first is not supported
-        found["algo"][:3, 0] = 1, 2, 3
-        at(count, np.int32, 1)[0] = 3
+        n = 1 + len(self.proposed)
+        found["state"][:n] = [15] + [0] * len(self.proposed)  # the first is not supported
+        found["algo"]["data_"][:n, 0] = [1, *self.proposed]
+        at(count, np.int32, 1)[0] = n
         self.plans += 1
+
+    def matmul_algo_check(self, handle, description, a, b, c, d, algo, result):
+        assert isinstance(self.objects[description], dict)
+        number = int(at(algo, np.uint64, 1)[0])
+        if number in self.refused:
+            raise self.cuBLASLtError
+        at(result, self.matmul_heuristic_result_dtype, 1)["workspace_size"] = self.needed.get(number, 0)
+
+    def get_matmul_algo_config_attribute_dtype(self, attribute):
+        return {"CLUSTER_SHAPE_ID": np.uint16}.get(attribute, np.uint32)
+
+    def matmul_algo_config_get_attribute(self, algo, attribute, buffer, size, written):
+        assert size == np.dtype(self.get_matmul_algo_config_attribute_dtype(attribute)).itemsize
+        at(buffer, self.get_matmul_algo_config_attribute_dtype(attribute), 1)[0] = (
+            at(algo, np.uint64, 1)[0] if attribute == "ID" else 7
+        )
 
     def matmul(self, handle, description, alpha, a, la, b, lb, beta, c, lc, d, ld, algo, workspace, nbytes, stream):
         told = self.objects[description]
-        assert at(algo, np.uint64, 1)[0] == 2
+        self.ran.append(int(at(algo, np.uint64, 1)[0]))
+        self.clock += self.speeds[self.ran[-1]]
         assert at(alpha, F32, 1)[0] == 1
         x = self._matrix(a, la).astype(F32)
         y = self._matrix(b, lb).astype(F32)
         out, addend = self._matrix(d, ld), self._matrix(c, lc).astype(F32)
         total = (x.T if told["TRANSA"] else x) @ (y.T if told["TRANSB"] else y)
-        total += at(beta, F32, 1)[0] * addend
+        if at(beta, F32, 1)[0] != 0:  # what lies there is not read, not even a NaN
+            total += at(beta, F32, 1)[0] * addend
         epilogue = told["EPILOGUE"]
         if epilogue in (4, 164):
             assert told["BIAS_DATA_TYPE"] == 14
@@ -130,11 +178,20 @@ class StandIn:
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def stand_in(monkeypatch, tmp_path):
     found = StandIn()
     monkeypatch.setattr(cublaslt, "_bindings", lambda: found)
     monkeypatch.setattr(cublaslt.cuda, "zeros", lambda shape, dtype: put(np.zeros(shape), dtype))
-    cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0)))
+    monkeypatch.setattr(cublaslt.cuda, "to_device", lambda host: host)
+    monkeypatch.setattr(cublaslt.cuda, "describe", lambda: "a GPU")
+    monkeypatch.setattr(cublaslt.cuda, "mark", lambda: found.clock)
+    monkeypatch.setattr(cublaslt.cuda, "seconds_between", lambda began, ended: ended - began)
+    monkeypatch.setattr(cublaslt, "FLUSH_BYTES", 64)
+    monkeypatch.setattr(cublaslt, "cache_dir", lambda: tmp_path)
+    cupy = SimpleNamespace(
+        cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0)),
+        get_default_memory_pool=lambda: SimpleNamespace(free_all_blocks=lambda: None),
+    )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     cublaslt._library.cache_clear()
     yield found
@@ -191,3 +248,208 @@ def test_operands_that_do_not_fit_are_refused(stand_in):
     ):
         with pytest.raises(AssertionError):
             cublaslt.matmul(*operands, **options)
+
+
+SMALL = cublaslt.Operation(5, 7, 3, False, True, BF16, False, "BIAS")
+OTHER = cublaslt.Operation(7, 3, 5, True, False, F32, True, "DEFAULT")
+
+
+def silent(line):
+    pytest.fail(f"said: {line}")
+
+
+def nothing(line):
+    """For what may be said."""
+
+
+def chosen(table):
+    """The algorithms' numbers, by operation."""
+    return {name: record["id"] for name, record in table["algorithms"].items()}
+
+
+def new_process():
+    """What one process knows goes; what lies on the disk stays."""
+    cublaslt._library.cache_clear()
+
+
+def test_the_fastest_is_chosen_and_followed(stand_in):
+    stand_in.proposed, stand_in.speeds = [2, 3, 4, 5], Counter({2: 2.0, 3: 1.2, 4: 1.0, 5: 9.0})
+    lines = []
+    table = cublaslt.tune([SMALL, OTHER], {}, lines.append)
+    assert chosen(table) == {"5x7x3 nt bfloat16 BIAS": 4, "7x3x5 tn float32 DEFAULT add": 4}
+    assert len(lines) == 1
+    assert lines[0].startswith("timed 2 kinds of matrix multiply in ")
+    a, b, out, bias = put(np.ones((5, 3))), put(np.ones((7, 3))), put(np.zeros((5, 7))), put(np.zeros(7))
+    stand_in.ran.clear()
+    cublaslt.matmul(out, a, b, transpose_b=True, bias=bias)  # made before the table is in use
+    cublaslt.use(table)
+    cublaslt.matmul(out, a, b, transpose_b=True, bias=bias)
+    cublaslt.matmul(out, a, b, transpose_b=True)  # in no table
+    cublaslt.use({})
+    cublaslt.matmul(out, a, b, transpose_b=True, bias=bias)
+    assert stand_in.ran == [2, 4, 2, 2]
+
+
+def test_all_run_in_turns_until_the_slow_ones_are_dropped(stand_in):
+    stand_in.proposed, stand_in.speeds = [2, 3, 4], Counter({2: 1.0, 3: 9.0, 4: 0.9})
+    cublaslt.tune([SMALL], {}, nothing)
+    assert stand_in.ran == [2, 3, 4] * cublaslt.FIRST_ROUNDS + [2, 4] * (cublaslt.ROUNDS - cublaslt.FIRST_ROUNDS)
+
+
+@pytest.mark.parametrize("trouble", ["falling clock", "hiccup"])
+def test_a_clock_that_falls_or_a_hiccup_does_not_change_the_choice(stand_in, monkeypatch, trouble):
+    """Each round is slower than the one before by more than the algorithms differ; or one time is far off."""
+    stand_in.proposed, stand_in.speeds = [2, 3], Counter({2: 1.05, 3: 1.0})
+    measured = iter(range(100))
+
+    def seconds_between(began, ended):
+        n = next(measured)
+        return (ended - began) * 1.1 ** (n // 2) if trouble == "falling clock" else ended - began + 50.0 * (n == 3)
+
+    monkeypatch.setattr(cublaslt.cuda, "seconds_between", seconds_between)
+    assert set(chosen(cublaslt.tune([SMALL], {}, nothing)).values()) == {3}
+
+
+@pytest.mark.parametrize(("first", "choice"), [(1.009, 2), (1.011, 3)])
+def test_of_equally_fast_ones_the_library_s_order_decides(stand_in, first, choice):
+    stand_in.proposed, stand_in.speeds = [2, 3, 4], Counter({2: first, 3: 1.0, 4: 1.0})
+    assert set(chosen(cublaslt.tune([SMALL], {}, nothing)).values()) == {choice}
+
+
+def test_a_table_tells_people_what_was_chosen_and_what_it_gains(stand_in):
+    stand_in.proposed, stand_in.speeds = [2, 3, 4], Counter({2: 9e-6, 3: 2e-6, 4: 3e-6})
+    (record,) = cublaslt.tune([SMALL], {}, nothing)["algorithms"].values()
+    assert bytes.fromhex(record.pop("algo")) == np.array([3] + [0] * 7, np.uint64).tobytes()
+    assert (record.pop("id"), record.pop("us"), record.pop("first_us")) == (3, 2.0, 9.0)
+    assert record == dict.fromkeys(("tile_id", "stages_id", "splitk_num", "reduction_scheme", "cluster_shape_id"), 7)
+
+
+def test_what_was_chosen_is_kept_on_the_disk(stand_in, tmp_path):
+    stand_in.speeds = Counter({2: 2.0, 3: 1.0})
+    table = cublaslt.tune([SMALL], {}, nothing)
+    assert json.loads(json.dumps(table)) == table
+    new_process()
+    stand_in.ran.clear()
+    stand_in.speeds = Counter({2: 1.0, 3: 2.0})
+    assert cublaslt.tune([SMALL], {}, silent) == table
+    assert not stand_in.ran
+    both = cublaslt.tune([SMALL, OTHER], {}, nothing)  # what is new joins what is there
+    assert list(chosen(both).values()) == [3, 2]
+    new_process()
+    assert cublaslt.tune([OTHER, SMALL], {}, silent) == both
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".table"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "emptied", "not text"])
+def test_a_damaged_cache_is_timed_again(stand_in, tmp_path, damage):
+    stand_in.speeds = Counter({2: 2.0, 3: 1.0})
+    table = cublaslt.tune([SMALL], {}, nothing)
+    (file,) = tmp_path.glob("*.table")
+    whole = file.read_bytes()
+    file.write_bytes(
+        {
+            "cut": whole[:-5],
+            "changed": whole.replace(b"0300", b"0200", 1),
+            "emptied": b"",
+            "not text": b"\xff\n\xff",
+        }[damage]
+    )
+    assert file.read_bytes() != whole
+    new_process()
+    stand_in.ran.clear()
+    assert cublaslt.tune([SMALL], {}, nothing) == table
+    assert stand_in.ran
+    assert file.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(stand_in, monkeypatch):
+    def full(path, content):
+        raise OSError("no space")
+
+    monkeypatch.setattr(cublaslt, "write_whole", full)
+    stand_in.speeds = Counter({2: 2.0, 3: 1.0})
+    for _ in range(2):
+        stand_in.ran.clear()
+        assert set(chosen(cublaslt.tune([SMALL], {}, nothing)).values()) == {3}
+        assert stand_in.ran
+
+
+def test_a_run_s_table_wins_over_the_cache_and_leaves_it_alone(stand_in, tmp_path):
+    stand_in.speeds = Counter({2: 2.0, 3: 1.0})
+    old = cublaslt.tune([SMALL], {}, nothing)
+    (file,) = tmp_path.glob("*.table")
+    file.unlink()
+    new_process()
+    stand_in.speeds = Counter({2: 1.0, 3: 2.0})
+    old = json.loads(json.dumps(old))
+    assert list(chosen(cublaslt.tune([SMALL, OTHER], old, nothing)).values()) == [3, 2]  # and keeps the other's
+    fresh = cublaslt.tune([SMALL], {}, nothing)
+    assert set(chosen(fresh).values()) == {2}
+    assert cublaslt.tune([SMALL], old, silent) == old
+    assert cublaslt.tune([SMALL], {}, silent) == fresh
+
+
+@pytest.mark.parametrize("other", ["gpu", "cublaslt", "workspace"])
+def test_on_another_gpu_or_library_all_is_timed_anew_and_said(stand_in, monkeypatch, other):
+    stand_in.speeds = Counter({2: 2.0, 3: 1.0})
+    old = cublaslt.tune([SMALL], {}, nothing)
+    new_process()
+    if other == "gpu":
+        monkeypatch.setattr(cublaslt.cuda, "describe", lambda: "another GPU")
+    elif other == "cublaslt":
+        stand_in.version = 130200
+    else:
+        old["workspace"] //= 2
+    stand_in.speeds = Counter({2: 1.0, 3: 2.0})
+    lines = []
+    new = cublaslt.tune([SMALL], old, lines.append)
+    assert set(chosen(new).values()) == ({3} if other == "workspace" else {2})  # of the first, the cache is still good
+    assert "chosen anew, and results may differ" in lines[0]
+    assert f"{other} {old[other]}" in lines[0]
+    assert f"{other} {new[other]}" in lines[0]
+
+
+@pytest.mark.parametrize("problem", ["refused", "workspace"])
+def test_an_algorithm_that_cannot_run_here_is_not_taken(stand_in, problem):
+    stand_in.speeds = Counter({2: 2.0, 3: 1.0})
+    old = cublaslt.tune([SMALL], {}, nothing)
+    if problem == "refused":
+        stand_in.refused = {3}
+    else:
+        stand_in.needed = {3: cublaslt.WORKSPACE_BYTES + 1}
+    stand_in.proposed = [2]
+    lines = []
+    assert set(chosen(cublaslt.tune([SMALL], old, lines.append)).values()) == {2}
+    assert "cublasLt refuses the checkpoint's algorithm for 5x7x3 nt bfloat16 BIAS" in lines[0]
+
+
+def test_what_is_timed_leaves_no_trace_in_what_is_computed(stand_in):
+    """Every epilogue can be raced; operands of a race are its own."""
+    cases = [SMALL._replace(epilogue=name, add=add) for name in EPILOGUES for add in (False, True)]
+    table = cublaslt.tune(cases, {}, nothing)
+    assert len(table["algorithms"]) == len(cases)
+
+
+@pytest.mark.parametrize("grad_dtype", [BF16, np.dtype(F32)])
+@pytest.mark.parametrize("fusion", [0, 1, 2])
+def test_the_multiplies_that_are_tuned_are_those_of_a_step(stand_in, monkeypatch, fusion, grad_dtype):
+    """The model's own step, with all else left out, asks for just these."""
+    cuda_ops = ops.load("cuda")
+    monkeypatch.setattr(cuda_ops.linear, "gelu_fusion", fusion)
+    monkeypatch.setattr(cuda_ops.linear, "_add_column_sums", lambda dbias, dout: None)
+    monkeypatch.setattr(cuda_ops.linear, "gelu", SimpleNamespace(forward=lambda *_: None, backward=lambda *_: None))
+    asked = set()
+    monkeypatch.setattr(cublaslt._Library, "run", lambda self, operation, *_: asked.add(operation))
+    left_out = SimpleNamespace(**dict.fromkeys(("forward", "backward", "forward_backward"), lambda *_: None))
+    operations = SimpleNamespace(**dict.fromkeys(cuda_ops.__all__, left_out))
+    operations.linear = cuda_ops.linear
+    config = GPT2Config(maxT=16, V=200, L=2, NH=2, C=128)
+    dev = SimpleNamespace(zeros=cublaslt.cuda.zeros)
+    model = GPT2(config, operations, dev, B=2, T=16, dtype=BF16, grad_dtype=grad_dtype)
+    tokens = np.zeros((2, 16), np.int32)
+    model.forward(tokens)
+    model.backward(tokens, tokens, 1.0)
+    dims = config.dims() | {"B": 2, "T": 16}
+    listed = cuda_ops.linear.multiplies(dims, grad_dtype)
+    assert len(set(listed)) == len(listed) == 15
+    assert set(listed) == asked

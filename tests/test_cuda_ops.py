@@ -11,6 +11,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from engine import ops
+from engine.device import cublaslt
 from engine.ops.cuda import scratch
 from engine.ops.numpy import rounding
 from tests.twins import BF16, EPS16, EPS32, F32, assert_within, on, rounded, stored, sum_error
@@ -307,6 +308,101 @@ def test_linear_backward(twin, sizes, monkeypatch, kind, fusion, dtype):
             assert_within(twin.get(dbias), exact_b, stored(exact_b, sum_error(N + 1) * size_b, dtype), "dbias")
         else:
             np.testing.assert_array_equal(twin.get(dbias), b0)
+
+
+@pytest.fixture
+def tuned_anew(monkeypatch, tmp_path):
+    """cublasLt with an empty cache on the disk, and no table in use."""
+    monkeypatch.setattr(cublaslt, "cache_dir", lambda: tmp_path)
+    cublaslt._library.cache_clear()
+    yield
+    cublaslt._library.cache_clear()
+
+
+TUNED_SIZES = ({"B": 1, "T": 72, "C": 64, "Vp": 384}, {"B": 2, "T": 1024, "C": 768, "Vp": 1152})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GRAD_DTYPES)
+@pytest.mark.parametrize("fusion", [0, 2])
+@pytest.mark.parametrize("dims", TUNED_SIZES, ids=lambda dims: f"C={dims['C']}")
+def test_each_algorithm_that_may_be_chosen_computes_the_multiply(tuned_anew, monkeypatch, dims, fusion, dtype):
+    library = cublaslt._library()
+    with on("gpu") as twin:
+        monkeypatch.setattr(CUDA.linear, "gelu_fusion", fusion)
+        for op in CUDA.linear.multiplies(dims, dtype):
+            K, has_gelu = op.K, op.epilogue == "GELU_AUX_BIAS"
+            a, b = normal(op.M, K), normal(K, op.N, scale=K**-0.5)
+            add, bias, aux = normal(op.M, op.N), normal(op.N), normal(op.M, op.N)
+            given = (
+                twin.put(a.T if op.transpose_a else a),
+                twin.put(b.T if op.transpose_b else b),
+                twin.put(add, op.dtype) if op.add else None,
+                twin.put(bias) if "BIAS" in op.epilogue else None,
+                twin.nan(op.M, op.N) if has_gelu else twin.put(aux) if op.epilogue == "DGELU" else None,
+            )
+            x, y = rounded(a), rounded(b)
+            product, terms = x @ y, np.abs(x) @ np.abs(y)
+            more = [rounded(add, op.dtype)] * op.add + [rounded(bias)] * ("BIAS" in op.epilogue)
+            exact = product + sum(more)
+            error = sum_error(K + 2) * (terms + sum(np.abs(part) for part in more))
+            if op.add:  # the product may be rounded before the sum
+                error = stored(product, error, op.dtype)
+            summed, summed_error = exact, error
+            if has_gelu:  # as in test_linear_forward
+                error = 1.13 * error + gelu_error(exact) + TANH_ERROR * np.abs(exact) / 2
+                exact = gelu(exact)
+            if op.epilogue == "DGELU":  # as in test_linear_backward
+                p = rounded(aux)
+                slope, tanh = gelu_slope(p), TANH_ERROR * (1 + np.abs(p))
+                of_slope = np.abs(exact) * (slope_error(p) + tanh) * (1 + EPS16)
+                exact, error = exact * slope, stored(exact, error, BF16) * np.abs(slope) + of_slope
+            plan = library._describe(op)
+            candidates = library._candidates(op, plan)
+            assert 1 <= len(candidates) <= cublaslt.CANDIDATES
+            for candidate in candidates:
+                out = twin.nan(op.M, op.N, dtype=op.dtype)
+                settings = library._settings(candidate)
+                assert settings["reduction_scheme"] in (0, 2)  # none, or in fp32
+                assert library.accepts(op, candidate.tobytes().hex()), (op.name, settings)
+                library._launch(plan._replace(algorithm=candidate), out, *given)
+                first = twin.get(out)
+                assert_within(first, exact, stored(exact, error, op.dtype), f"{op.name} {settings}")
+                if has_gelu:
+                    bound = stored(summed, summed_error, BF16)
+                    assert_within(twin.get(given[-1]), summed, bound, f"pre_gelu of {op.name} {settings}")
+                library._launch(plan._replace(algorithm=candidate), out, *given)
+                np.testing.assert_array_equal(twin.get(out), first, err_msg=f"{op.name} {settings}")
+            twin.check_guards()
+
+
+@pytest.mark.gpu
+def test_a_table_gives_the_same_bits_and_the_cache_spares_the_search(tuned_anew, monkeypatch):
+    dims, lines = TUNED_SIZES[1], []
+    N, C = dims["B"] * dims["T"], dims["C"]
+
+    def products(twin):
+        out, dinp, dweight = twin.nan(N, 4 * C), twin.nan(N, C), twin.put(np.ones((4 * C, C)))
+        inp, weight, bias = (
+            twin.put(np.cos(np.arange(math.prod(s))).reshape(s)) for s in ((N, C), (4 * C, C), (4 * C,))
+        )
+        CUDA.linear.forward(out, inp, weight, bias)
+        CUDA.linear.backward(dinp, dweight, None, out, inp, weight)
+        return [twin.get(array) for array in (out, dinp, dweight)]
+
+    with on("gpu") as twin:
+        table = CUDA.tune(dims, BF16, {}, lines.append)
+        assert len(table["algorithms"]) == 15
+        assert len(lines) == 1
+        CUDA.use_tuning(table)
+        first = products(twin)
+        cublaslt._library.cache_clear()
+        monkeypatch.setattr(cublaslt._Library, "fastest", lambda self, op: pytest.fail(f"timed {op.name} again"))
+        for saved in ({}, table):
+            assert CUDA.tune(dims, BF16, saved, pytest.fail) == table
+            CUDA.use_tuning(table)
+            for array, again in zip(first, products(twin), strict=True):
+                np.testing.assert_array_equal(array, again)
 
 
 class Attention:

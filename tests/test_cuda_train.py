@@ -1,5 +1,6 @@
 """train.py on a GPU: the same runs, checkpoints and promises as on the CPU."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,27 @@ def test_the_same_command_gives_the_same_bits_and_goes_on_where_it_stopped(shard
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
     for other in ("again", "parts"):
         assert_same_checkpoint(checkpoint(tmp_path / other, 12), checkpoint(tmp_path / "whole", 12))
+
+
+def test_algorithms_are_timed_once_and_a_run_keeps_to_its_own(shards, tmp_path, monkeypatch):
+    """With the cache, with the checkpoint's table where the cache is lost, and without a search."""
+    monkeypatch.setenv("BACKHAND_CACHE", str(tmp_path / "cache"))
+    first = train(*GPU, *shards, "-x", 6, "-n", 6, "-o", tmp_path / "parts")
+    assert "timed 15 kinds of matrix multiply in" in first.out
+    whole = train(*GPU, *shards, "-x", 12, "-n", 6, "-o", tmp_path / "whole")
+    assert "timed" not in whole.out
+    for file in (tmp_path / "cache").rglob("*.table"):
+        file.unlink()
+    second = train(*GPU, *shards, "-x", 12, "-n", 6, "-o", tmp_path / "parts", "-y", 1)
+    assert "timed" not in second.out
+    assert_same_checkpoint(checkpoint(tmp_path / "parts", 12), checkpoint(tmp_path / "whole", 12))
+    tables = [json.loads((tmp_path / name / "config.json").read_text())["tuning"] for name in ("whole", "parts")]
+    assert tables[0] == tables[1]
+    assert len(tables[0]["algorithms"]) == 15
+
+    plain = train(*GPU, *shards, "-x", 6, "--gemm-search", "off", "-o", tmp_path / "plain")
+    assert "timed" not in plain.out
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["tuning"] == {}
 
 
 def test_killed_the_run_goes_on(shards, tmp_path):

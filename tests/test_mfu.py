@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bench.mfu import peak_of
+from bench.mfu import Row, peak_of, write_up
 from engine.config import model_from_descriptor
 from tests.conftest import ROOT
 
@@ -69,3 +69,28 @@ def test_every_operation_is_there(figures):
 )
 def test_a_peak_is_that_of_the_very_gpu(name, teraflops):
     assert peak_of(name) == (teraflops and teraflops * 1e12)
+
+
+def test_what_the_search_gained_is_told():
+    record = {"algo": "00", "us": 600.0, "first_us": 1000.0}
+    figures = {
+        "command": "",
+        "date": "",
+        "machine": "",
+        "versions": "",
+        "measured_flops": 1.0,
+        "measured_bytes": 1.0,
+        "ms": 1.0,
+        "steps": 1,
+        "tokens_per_second": 1.0,
+        "mfu": {},
+        "gpu": None,
+        "peak_flops": None,
+    }
+    told = "2 kinds of matrix multiply"
+    row = Row("linear.forward", 1, 1.0, 1.0, 1.0, 1.0)
+    tuning = {"algorithms": {"one": record, "other": record}}
+    text = write_up(figures | {"tuning": tuning}, [row], "d12")
+    assert f"{told} by the algorithms" in text
+    assert "they take 1,200 us, by cublasLt's first proposals 2,000 us" in text
+    assert told not in write_up(figures | {"tuning": {}}, [row], "d12")

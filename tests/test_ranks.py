@@ -403,6 +403,26 @@ def test_a_flipped_bit_is_found_at_the_next_validation(shards_dir, tmp_path):
     assert "step 4: validation" not in result.out
 
 
+TUNED_BY_RANK = """
+import os, runpy, sys
+from pathlib import Path
+from engine import ops
+from mpi4py import MPI
+operations, rank = ops.load("numpy"), MPI.COMM_WORLD.rank
+operations.tune = lambda *_: {"chosen by": rank, "longer": "x" * 100 * rank}
+operations.use_tuning = lambda table: Path(os.environ["TUNED"], str(rank)).write_text(str(table))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_all_ranks_use_what_rank_0_has_tuned(shards_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNED", str(tmp_path))
+    options = (*OPTIONS[:-2], "-x", 1, *data(shards_dir), "-b", 8)
+    result = run(3, *options, program=altered(TUNED_BY_RANK, tmp_path))
+    assert result.code == 0, result.err
+    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["{'chosen by': 0, 'longer': ''}"] * 3
+
+
 def wait_for_ranks(process: subprocess.Popen, world: int) -> list[int]:
     """The ranks' process numbers, once the first step is done."""
     assert process.stdout

@@ -1078,3 +1078,27 @@ def test_a_bad_model_file_is_refused(shards_dir, tmp_path, fault):
     code, message = refused(*data(shards_dir), "-e", path, "-b", 2, "-t", 16, "-x", 1)
     assert code == (2 if fault == "vocabulary" else 4)
     assert str(path) in message
+
+
+def test_what_was_tuned_is_kept_with_the_run_and_used_again(train_here, shards_dir, tmp_path, monkeypatch):
+    """In config.json and in the checkpoint, from which the run that goes on has it; never where it is switched off."""
+    operations, given, used = ops.load("numpy"), [], []
+
+    def tune(dims, grad_dtype, saved, say):
+        given.append(saved)
+        return saved or {"algorithms": {"a multiply": {"algo": "ab"}}}
+
+    monkeypatch.setattr(operations, "tune", tune)
+    monkeypatch.setattr(operations, "use_tuning", used.append)
+    options = (*data(shards_dir), "-e", "l2h2c16", "-b", 2, "-t", 16, *QUIET, "-n", 1, "-o", tmp_path)
+    table = {"algorithms": {"a multiply": {"algo": "ab"}}}
+    assert train_here(*options, "-x", 1) == 0
+    assert train_here(*options, "-x", 2, "-y", 1) == 0
+    assert given == [{}, table]
+    assert used == [table, table]
+    saved = checkpoint.load_latest(tmp_path, pytest.fail)
+    assert saved
+    assert saved.state["tuning"] == json.loads((tmp_path / "config.json").read_text())["tuning"] == table
+    assert train_here(*options, "-x", 3, "-y", 1, "--gemm-search", "off") == 0
+    assert len(given) == 2
+    assert used[-1] == json.loads((tmp_path / "config.json").read_text())["tuning"] == {}

@@ -2,25 +2,43 @@
 
 Operands are row-major, as everywhere else; cublasLt's are column-major. A row-major (M,N) is a column-major (N,M), so
 out = a b is asked for as out^T = b^T a^T: the operands change places, and no data moves.
+
+Many algorithms can do a multiply, each with sums in its own order. `tune` times those that cublasLt proposes and gives
+a table of the fastest; `use` makes it what is followed from then on. What is in no table takes cublasLt's first
+proposal. A table, a GPU and a version of cublasLt fix every bit of the results.
 """
 
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.device import cuda
-from engine.device.kernels import BF16
+from engine.device.kernels import BF16, cache_dir, locked, write_whole
 
 Array = Any
 
-WORKSPACE_BYTES = 32 << 20  # what NVIDIA advises for Hopper
+WORKSPACE_BYTES = 64 << 20  # twice what NVIDIA advises for Hopper: more ways to split a sum can be tried
 
 # Numbers of cublasLt's C interface that the bindings do not name.
 COMPUTE_32F = 68
 CUDA_TYPES = {np.dtype(np.float32): 0, BF16: 14}
-CANDIDATES = 8
+WITH_BIAS, WITH_AUX = ("BIAS", "GELU_AUX_BIAS"), ("DGELU", "GELU_AUX_BIAS")  # epilogues
+CANDIDATES = 32
 ALIGNMENT = 256  # bytes: what cublasLt chooses algorithms for unless it is told
+
+ROUNDS = 10  # in each, every candidate still in the race runs once
+FIRST_ROUNDS = 3  # the first loads code and is not timed; by the others the slow ones are dropped
+SLOW = 1.25  # times the fastest
+TIE = 1.01  # times the fastest is as fast: then cublasLt's order decides, and the same algorithm wins more often
+FLUSH_BYTES = 256 << 20
+NOISE = 1 << 18  # numbers, before they repeat
 
 
 class Operation(NamedTuple):
@@ -35,6 +53,12 @@ class Operation(NamedTuple):
     add: bool
     epilogue: str  # the name of one of cublasLt's
 
+    @property
+    def name(self) -> str:
+        """As tables call it: "512x2304x768 nt bfloat16 BIAS add"."""
+        transposes = "".join("nt"[transposed] for transposed in (self.transpose_a, self.transpose_b))
+        return f"{self.M}x{self.N}x{self.K} {transposes} {self.dtype} {self.epilogue}" + " add" * self.add
+
 
 class Plan(NamedTuple):
     """cublasLt's descriptors and the algorithm chosen."""
@@ -43,7 +67,7 @@ class Plan(NamedTuple):
     a: int
     b: int
     out: int
-    algorithm: Any  # a numpy record, whose address cublasLt takes
+    algorithm: Any  # a numpy record, whose address cublasLt takes; None until one is chosen
 
 
 def matmul(
@@ -80,6 +104,57 @@ def matmul(
     _library().run(operation, out, a, b, add, bias, dgelu if pre_gelu is None else pre_gelu)
 
 
+def tune(operations: Sequence[Operation], saved: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """The table of the fastest algorithms for these, as JSON can hold it: `saved`'s where that table is of this GPU and
+    cublasLt, else those in the cache on disk, else timed now, on memory that is given back.
+
+    Says what it timed. Only one process at a time may time on a GPU: those that share the cache wait for each other.
+    """
+    library = _library()
+    here = library.identity()
+    before = {key: saved.get(key) for key in here}
+    if saved and before != here:
+        there, now = (", ".join(f"{key} {value}" for key, value in table.items()) for table in (before, here))
+        say(
+            f"matrix multiplies: the checkpoint's algorithms are for {there}; here is {now}: chosen anew, and results "
+            "may differ in their last bits"
+        )
+        saved = {}
+    file = cache_dir() / f"multiplies-{hashlib.sha256(repr(here).encode()).hexdigest()[:32]}.table"
+    began = time.monotonic()
+    with locked(file.with_suffix(".lock")):
+        cached = _read_table(file)
+        kept = saved.get("algorithms", {})
+        known, timed = {**cached, **kept}, {}
+        for operation in operations:
+            found = known.get(operation.name)
+            if found is None or not library.accepts(operation, found["algo"]):
+                if operation.name in kept:
+                    say(f"matrix multiplies: cublasLt refuses the checkpoint's algorithm for {operation.name}")
+                known[operation.name] = timed[operation.name] = library.fastest(operation)
+        if timed:
+            library.free_memory()
+            say(f"timed {len(timed)} kinds of matrix multiply in {time.monotonic() - began:.1f} s")
+            with suppress(OSError):  # without a cache the next run times them again
+                text = json.dumps(cached | timed, indent=1).encode()
+                write_whole(file, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+    return here | {"algorithms": {operation.name: known[operation.name] for operation in operations}}
+
+
+def use(table: Mapping[str, Any]) -> None:
+    """Multiplies follow this table, which `tune` gave for this GPU and cublasLt; none, if it is empty."""
+    _library().use({name: record["algo"] for name, record in table.get("algorithms", {}).items()})
+
+
+def _read_table(file: Path) -> dict[str, Any]:
+    """The algorithms in a file of the cache; none if it is missing or damaged, which its hash tells."""
+    try:
+        digest, _, text = file.read_bytes().partition(b"\n")
+    except OSError:
+        return {}
+    return json.loads(text) if digest == hashlib.sha256(text).hexdigest().encode() else {}
+
+
 def _bindings() -> Any:
     from nvmath.bindings import cublasLt
 
@@ -100,12 +175,17 @@ class _Library:
         self._lt, self._cupy = _bindings(), cupy
         self._handle = self._lt.create()
         self._workspace = cuda.zeros((WORKSPACE_BYTES,), np.uint8)
+        self._described: dict[Operation, Plan] = {}
         self._plans: dict[Operation, Plan] = {}
+        self._chosen: dict[str, str] = {}
         self._one, self._zero, self._pointer = np.ones(1, np.float32), np.zeros(1, np.float32), np.zeros(1, np.uint64)
 
     def run(self, operation: Operation, out: Array, a: Array, b: Array, add: Array, bias: Array, aux: Array) -> None:
         """The multiply, with what it needs of add, bias and the epilogue's other array; None for what it does not."""
         plan = self._plans.get(operation) or self._plans.setdefault(operation, self._plan(operation))
+        self._launch(plan, out, a, b, add, bias, aux)
+
+    def _launch(self, plan: Plan, out: Array, a: Array, b: Array, add: Array, bias: Array, aux: Array) -> None:
         attributes = self._lt.MatmulDescAttribute
         if bias is not None:
             self._set(plan.description, attributes.BIAS_POINTER, bias.data.ptr)
@@ -134,7 +214,114 @@ class _Library:
         self._pointer[0] = address
         self._lt.matmul_desc_set_attribute(description, attribute, self._pointer.ctypes.data, 8)
 
+    def use(self, chosen: dict[str, str]) -> None:
+        """The algorithms, in hexadecimal digits, by the names of their operations."""
+        self._chosen = chosen
+        self._plans.clear()
+
+    def identity(self) -> dict[str, Any]:
+        """What a table is good for."""
+        return {"gpu": cuda.describe(), "cublaslt": int(self._lt.get_version()), "workspace": WORKSPACE_BYTES}
+
+    def accepts(self, op: Operation, digits: str) -> bool:
+        """Whether cublasLt can do it with this algorithm."""
+        lt, plan, algorithm = self._lt, self._describe(op), self._algorithm(digits)
+        attributes = lt.MatmulDescAttribute
+        for attribute, epilogues in ((attributes.BIAS_POINTER, WITH_BIAS), (attributes.EPILOGUE_AUX_POINTER, WITH_AUX)):
+            if op.epilogue in epilogues:  # any address will do, until there is one to compute with
+                self._set(plan.description, attribute, self._workspace.data.ptr)
+        result = np.zeros(1, lt.matmul_heuristic_result_dtype)
+        operands = plan.description, plan.b, plan.a, plan.out, plan.out
+        try:
+            lt.matmul_algo_check(self._handle, *operands, algorithm.ctypes.data, result.ctypes.data)
+        except lt.cuBLASLtError:
+            return False
+        return bool(result["workspace_size"][0] <= WORKSPACE_BYTES)
+
+    def fastest(self, op: Operation) -> dict[str, Any]:
+        """The fastest of cublasLt's proposals, for a table: its digits, and for people what it is, its microseconds and
+        those of the first proposal.
+        """
+        plan = self._describe(op)
+        candidates = self._candidates(op, plan)
+        best, medians = self._race(op, [plan._replace(algorithm=candidate) for candidate in candidates])
+        times = {"us": round(medians[best] * 1e6, 1), "first_us": round(medians[0] * 1e6, 1)}
+        return {"algo": candidates[best].tobytes().hex()} | self._settings(candidates[best]) | times
+
+    def _race(self, op: Operation, plans: list[Plan]) -> tuple[int, list[float]]:
+        """Which of them is the fastest, and the median of each one's seconds. They run in turns, so that a clock that
+        drifts is the same for all.
+        """
+        size = op.M * op.N
+        operands = (
+            self._noise(size, op.dtype),
+            self._noise(op.M * op.K, BF16),
+            self._noise(op.K * op.N, BF16),
+            self._noise(size, op.dtype) if op.add else None,
+            self._noise(op.N, BF16) if op.epilogue in WITH_BIAS else None,
+            self._noise(size, BF16) if op.epilogue in WITH_AUX else None,
+        )
+        flush = cuda.zeros((FLUSH_BYTES,), np.uint8)
+
+        def timed(plan: Plan) -> tuple[Any, Any]:
+            # Takes the operands out of the GPU's cache, and long enough for the host to get ahead of the GPU.
+            flush.fill(0)
+            began = cuda.mark()
+            self._launch(plan, *operands)
+            return began, cuda.mark()
+
+        racing = list(range(len(plans)))
+        seconds: dict[int, list[float]] = {n: [] for n in racing}
+        for turn in range(ROUNDS):
+            marks = {n: timed(plans[n]) for n in racing}
+            for n, (began, ended) in marks.items():
+                seconds[n] += [cuda.seconds_between(began, ended)] if turn else []
+            if turn == FIRST_ROUNDS - 1:
+                limit = SLOW * min(min(seconds[n]) for n in racing)
+                racing = [n for n in racing if min(seconds[n]) <= limit]
+        medians = [float(np.median(seconds[n])) for n in range(len(plans))]
+        limit = TIE * min(medians[n] for n in racing)
+        return next(n for n in racing if medians[n] <= limit), medians
+
+    def _noise(self, size: int, dtype: np.dtype) -> Array:
+        """The bytes of normal numbers, which repeat: zeros are multiplied faster, for they cost less power."""
+        numbers = np.random.default_rng(0).standard_normal(min(size, NOISE), np.float32).astype(dtype)
+        array, filled = cuda.zeros((size * dtype.itemsize,), np.uint8), numbers.nbytes
+        array[:filled] = cuda.to_device(numbers.view(np.uint8))
+        while filled < array.size:
+            more = min(filled, array.size - filled)
+            array[filled : filled + more] = array[:more]
+            filled += more
+        return array
+
+    def free_memory(self) -> None:
+        """What a race took goes back to the GPU, where arrays of any size can have it."""
+        self._cupy.get_default_memory_pool().free_all_blocks()
+
+    def _settings(self, algorithm: Any) -> dict[str, int]:
+        lt, found = self._lt, {}
+        for name in ("ID", "TILE_ID", "STAGES_ID", "SPLITK_NUM", "REDUCTION_SCHEME", "CLUSTER_SHAPE_ID"):
+            attribute, written = lt.MatmulAlgoConfigAttribute[name], np.zeros(1, np.uint64)
+            value = np.zeros(1, lt.get_matmul_algo_config_attribute_dtype(attribute))
+            lt.matmul_algo_config_get_attribute(
+                algorithm.ctypes.data, attribute, value.ctypes.data, value.nbytes, written.ctypes.data
+            )
+            found[name.lower()] = int(value[0])
+        return found
+
+    def _algorithm(self, digits: str) -> Any:
+        return np.frombuffer(bytes.fromhex(digits), self._lt.matmul_heuristic_result_dtype["algo"]).copy()
+
     def _plan(self, op: Operation) -> Plan:
+        plan, digits = self._describe(op), self._chosen.get(op.name)
+        return plan._replace(algorithm=self._algorithm(digits) if digits else self._candidates(op, plan)[0])
+
+    def _describe(self, op: Operation) -> Plan:
+        if op not in self._described:
+            self._described[op] = self._make_descriptors(op)
+        return self._described[op]
+
+    def _make_descriptors(self, op: Operation) -> Plan:
         lt, attributes = self._lt, self._lt.MatmulDescAttribute
         description = lt.matmul_desc_create(COMPUTE_32F, CUDA_TYPES[np.dtype(np.float32)])
 
@@ -146,9 +333,9 @@ class _Library:
         describe(attributes.TRANSA, op.transpose_b, np.int32)
         describe(attributes.TRANSB, op.transpose_a, np.int32)
         describe(attributes.EPILOGUE, lt.Epilogue[op.epilogue], np.uint32)
-        if op.epilogue in ("BIAS", "GELU_AUX_BIAS"):
+        if op.epilogue in WITH_BIAS:
             describe(attributes.BIAS_DATA_TYPE, CUDA_TYPES[BF16], np.int32)
-        if op.epilogue in ("DGELU", "GELU_AUX_BIAS"):
+        if op.epilogue in WITH_AUX:
             describe(attributes.EPILOGUE_AUX_LD, op.N, np.int64)
 
         a_rows, a_columns = (op.K, op.M) if op.transpose_a else (op.M, op.K)
@@ -156,7 +343,11 @@ class _Library:
         a = lt.matrix_layout_create(CUDA_TYPES[BF16], a_columns, a_rows, a_columns)
         b = lt.matrix_layout_create(CUDA_TYPES[BF16], b_columns, b_rows, b_columns)
         out = lt.matrix_layout_create(CUDA_TYPES[op.dtype], op.N, op.M, op.N)
+        return Plan(description, a, b, out, None)
 
+    def _candidates(self, op: Operation, plan: Plan) -> list[Any]:
+        """cublasLt's proposals, by its own estimate the fastest first."""
+        lt, description, a, b, out, _ = self._lt, *plan
         # Partial sums of split products are kept and added in fp32, never in the type of out.
         preference, preferences = lt.matmul_preference_create(), lt.MatmulPreferenceAttribute
         for attribute, setting in (
@@ -171,4 +362,4 @@ class _Library:
         lt.matmul_preference_destroy(preference)
         usable = found[: count[0]][found[: count[0]]["state"] == 0]
         assert len(usable), f"cublasLt has no algorithm for {op}"
-        return Plan(description, a, b, out, usable[:1]["algo"].copy())
+        return [usable[n : n + 1]["algo"].copy() for n in range(len(usable))]

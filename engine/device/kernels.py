@@ -253,12 +253,12 @@ def compiled(source: Source, capability: str, defines: Defines) -> Path:
     parts = [*nvrtc.getVersion(), *_options(architecture, defines), source.text, *sorted(source.headers.items())]
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     cubin = cache_dir() / f"{source.path.stem}-{architecture}-{key}.cubin"
-    with _locked(cubin.with_suffix(".lock")):
+    with locked(cubin.with_suffix(".lock")):
         if not _is_whole(cubin):
             code, _ = compile_source(source, architecture, defines)
             try:
-                _write(cubin, code)
-                _write(cubin.with_suffix(".sha256"), hashlib.sha256(code).hexdigest().encode())
+                write_whole(cubin, code)
+                write_whole(cubin.with_suffix(".sha256"), hashlib.sha256(code).hexdigest().encode())
             except OSError:
                 cubin = _temporary_folder() / cubin.name
                 cubin.write_bytes(code)
@@ -273,7 +273,7 @@ def _is_whole(cubin: Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Alone among the processes that ask for the same. Without a lock where none can be made: then each compiles."""
     try:
         file = path.open("w")
@@ -285,7 +285,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Whole or not at all. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -6,7 +6,7 @@ store. Each module launches the kernels of kernels_cu/ under its name; matrix mu
 put on the current stream, and nothing waits for it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine.device import cublaslt, cuda, kernels
@@ -89,3 +89,16 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
     scratch.reserve(_most_scratch(dims))
     fastest = 2 if cuda.compute_capability() >= 90 else 0
     linear.gelu_fusion = fastest if gelu_fusion == -1 else gelu_fusion
+
+
+def tune(
+    dims: Mapping[str, int], grad_dtype: Any, saved: Mapping[str, Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Algorithms for the matrix multiplies of a step's micro-batches. Those of samples, of which there are few, and of
+    a validation's last batch take cublasLt's first proposal. Before the arrays of a run are made: there is room.
+    """
+    return cublaslt.tune(linear.multiplies(dims, grad_dtype), saved, say)
+
+
+def use_tuning(table: Mapping[str, Any]) -> None:
+    cublaslt.use(table)

@@ -84,6 +84,26 @@ def _add_column_sums(dbias: Array, dout: Array) -> None:
     )
 
 
+def multiplies(dims: Mapping[str, int], grad_dtype: Any) -> list[cublaslt.Operation]:
+    """Those of a training step, as forward and backward ask for them, of a block's four layers and the classifier."""
+    N, C = dims["B"] * dims["T"], dims["C"]
+    gelu_bias, dgelu = "GELU_AUX_BIAS" if gelu_fusion >= 1 else "BIAS", "DGELU" if gelu_fusion >= 2 else "DEFAULT"
+    found = []
+    for OC, IC, epilogue, residual, before in (
+        (3 * C, C, "BIAS", False, "DEFAULT"),
+        (C, C, "BIAS", True, "DEFAULT"),
+        (4 * C, C, gelu_bias, False, "DEFAULT"),
+        (C, 4 * C, "BIAS", True, dgelu),
+        (dims["Vp"], C, "DEFAULT", False, "DEFAULT"),
+    ):
+        found += [
+            cublaslt.Operation(N, OC, IC, False, True, kernels.BF16, residual, epilogue),
+            cublaslt.Operation(N, IC, OC, False, False, kernels.BF16, False, before),
+            cublaslt.Operation(OC, IC, N, True, False, np.dtype(grad_dtype), True, "DEFAULT"),
+        ]
+    return found
+
+
 def scratch_bytes(dims: Mapping[str, int]) -> int:
     """Of the widest bias, that of 4 C channels."""
     _, count = share_out(dims["B"] * dims["T"], MOST_BLOCKS, FEWEST_ROWS)

@@ -5,7 +5,7 @@ one (maxima are taken of real parts, nothing is conjugated), so that a complex s
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine.ops.numpy import (
@@ -52,3 +52,16 @@ def scratch_bytes(dims: Mapping[str, int]) -> int:
 
 def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
     """What can be done before the first step, for these sizes and gradients of grad_dtype. gelu_fusion: as -ge."""
+
+
+def tune(
+    dims: Mapping[str, int], grad_dtype: Any, saved: Mapping[str, Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """What this device chose by timing for a training step, after `prepare`: a table as JSON can hold it, empty where
+    there is no choice. `saved`: such a table that a run has used before, which is kept to where it is good here.
+    """
+    return {}
+
+
+def use_tuning(table: Mapping[str, Any]) -> None:
+    """From now on the operations follow this table, which `tune` gave; an empty one leaves all to the libraries."""
