@@ -204,6 +204,12 @@ class RunConfig:
         "GELU inside the GPU's matrix multiply: 0 no, 1 forward, 2 both; -1: what is fastest on this GPU",
         choices=(-1, 0, 1, 2),
     )
+    cuda_graph: str = option(
+        "auto",
+        "--cuda-graph",
+        "launch a step's kernels by CUDA graphs, recorded in the first steps; auto: where that works",
+        choices=("auto", "on", "off"),
+    )
     # several ranks
     zero_stage: int = option(0, "--zero-stage -z", "ZeRO stage", choices=(0, 1, 2))
     lanes: int = option(
