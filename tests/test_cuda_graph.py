@@ -12,10 +12,11 @@ import train
 from engine import device, training
 from engine.comm.one import OneRank
 from engine.config import RunConfig
-from engine.device import cuda, eagerly, kernels
+from engine.device import cublaslt, cuda, eagerly, kernels
 from engine.errors import UsageError
 from tests.conftest import TINY, data, run_command, write_shards
 from tests.test_cuda_train import GPU, assert_same_checkpoint, checkpoint, losses, records
+from tests.twins import ShimModule, matmul, on
 
 # --- recording, on a stand-in for CuPy
 
@@ -36,12 +37,16 @@ class Gpu:
         self.fails = ""  # what to refuse: "begin", "launch" or "end" of a recording
 
     def launch(self, what):
+        """A kernel that does nothing but be noted."""
+        self.run(lambda: self.done.append(what))
+
+    def run(self, kernel):
         if self._recording is None:
-            self.done.append(what)
+            kernel()
         elif self.fails == "launch":
             raise RuntimeError("cudaErrorStreamCaptureUnsupported")
         else:
-            self._recording.append(what)
+            self._recording.append(kernel)
 
     def allocate(self, nbytes):
         if self._allocator:
@@ -60,7 +65,8 @@ class Gpu:
 
             def launch(self):
                 gpu.graphs_launched += 1
-                gpu.done += self._launches
+                for kernel in self._launches:
+                    kernel()
 
         class Stream:
             def __init__(self, non_blocking):
@@ -205,6 +211,117 @@ def test_ctrl_c_is_not_taken_for_a_failure_to_record(gpu):
     with pytest.raises(KeyboardInterrupt):
         replay(step)
     assert not gpu.is_recording
+
+
+# --- a whole step of the CUDA operations, by the shim
+
+
+class Memory(np.ndarray):
+    """A GPU's memory: what is done to it is launched, and can be recorded."""
+
+    gpu: Gpu
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+    def fill(self, value):
+        self.gpu.run(lambda: np.ndarray.fill(self, value))
+
+    def __iadd__(self, other):
+        self.gpu.run(lambda: np.add(self, other, out=self))
+        return self
+
+
+@pytest.fixture
+def train_by_shim(gpu, monkeypatch, tmp_path):
+    """train_by_shim(cuda_graph, steps, **options) trains on CUDA's operations, whose launches the stand-in records.
+
+    Gives the losses, the decisions of the guard, and the optimizer's state.
+    """
+    folder = write_shards(tmp_path / "shards", {"train_000000.bin": 3001})
+
+    class Module(ShimModule):
+        def launch(self, *args):
+            gpu.run(lambda: ShimModule.launch(self, *args))
+
+    def zeros(shape, dtype):
+        return np.zeros(shape, dtype).view(Memory)
+
+    def run(cuda_graph, steps, before_step=lambda t, step: None, **options):
+        values = {"model": "l2h1c16", "B": 1, "T": 16, "steps": steps, "val_every": 0, "sample_every": 0, "lr": 1e-2}
+        values |= {"warmup": 2, "final_lr": 0.1, "weight_decay": 0.1, "train_data": f"{folder}/train_*.bin"}
+        config = RunConfig(**(values | options), cuda_graph=cuda_graph)
+        t = training.build(config, OneRank(), lambda line: None)
+        found = []
+        for step in range(steps):
+            before_step(t, step)
+            train.train_step(t, step)
+            found.append([float(x) for x in (t.loss, *t.optimizer.decision)])
+        t.loader.close()
+        return found, {name: np.array(x) for name, x in (t.optimizer.state() | t.optimizer.parameters()).items()}
+
+    with on("forward"):
+        monkeypatch.setattr(sys.modules["cupy"], "ndarray", Memory)
+        monkeypatch.setattr(Memory, "gpu", gpu, raising=False)
+        monkeypatch.setattr(device, "choose", lambda *_: "cuda")
+        monkeypatch.setattr(kernels, "KERNELS", kernels.Kernels(Module))
+        monkeypatch.setattr(cublaslt, "matmul", lambda *args, **options: gpu.run(lambda: matmul(*args, **options)))
+        monkeypatch.setattr(cuda, "zeros", zeros)
+        monkeypatch.setattr(cuda, "to_device", lambda host: host)
+        monkeypatch.setattr(cuda, "to_host", np.asarray)
+        monkeypatch.setattr(cuda, "available_bytes", lambda: 1 << 40)
+        monkeypatch.setattr(cuda, "compute_capability", lambda: 90)
+        monkeypatch.setattr(cuda, "shared_memory_limit", lambda: 227 << 10)
+        yield run
+
+
+NEEDS_GCC = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing")
+
+
+@NEEDS_GCC
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({}, 2),
+        ({"master_weights": False}, 2),
+        ({"total_batch": 48, "recompute": 2, "gelu_fusion": 0}, 3),
+        ({"total_batch": 64, "lanes": 2, "grad_dtype": "fp32"}, 4),
+    ],
+    ids=["plain", "-w 0", "-d 48", "--lanes 2"],
+)
+def test_replayed_steps_of_the_cuda_operations_are_the_steps(gpu, train_by_shim, options, graphs):
+    """Whatever a step took from the host, pointer or number, would be that of the step that was recorded."""
+    steps = 5
+    usual, kept = train_by_shim("off", steps, **options)
+    assert gpu.graphs_launched == 0
+    replayed, ours = train_by_shim("on", steps, **options)
+    calls = steps * (options.get("total_batch", 16) // 16 + 1)
+    assert gpu.graphs_launched == calls - graphs  # all but the first of each
+    assert repr(replayed) == repr(usual)  # NaN, too
+    assert replayed[-1][0] < replayed[0][0]
+    for name, values in kept.items():
+        np.testing.assert_array_equal(ours[name], values, err_msg=name)
+
+
+@NEEDS_GCC
+def test_the_guard_is_asked_in_every_replayed_step(train_by_shim):
+    """A parameter that is NaN in the fourth step: its update is skipped, and those around it are not."""
+    kept = []
+
+    def spoil(t, step):
+        view = t.model.params.views["lnfb"]
+        if step == 3:
+            kept[:] = [view[0].copy()]
+            view[0] = np.nan
+        if step == 4:
+            view[0] = kept[0]
+
+    (usual, state), (replayed, ours) = (train_by_shim(name, 6, before_step=spoil) for name in ("off", "on"))
+    assert [bool(skip) for _, _, skip, *_ in usual] == [False, False, False, True, False, False]
+    assert repr(replayed) == repr(usual)
+    for name, values in state.items():
+        np.testing.assert_array_equal(ours[name], values, err_msg=name)
 
 
 # --- on the CPU
