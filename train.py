@@ -178,19 +178,29 @@ def train_step(t: Training, step: int) -> float:
     t.lane_losses.fill(0)
     for micro_step in range(micro_steps):
         t.watchdog.enter("data", step)
-        inp, targets = (upload(tokens) for upload, tokens in zip(t.uploads, t.loader.next(), strict=True))
+        for upload, tokens in zip(t.uploads, t.loader.next(), strict=True):
+            upload(tokens)
         t.watchdog.enter("forward and backward", step)
-        t.model.forward(inp)
-        lane = micro_step % lanes
-        when_ready = t.zero.when_ready(last=micro_step == micro_steps - 1)
-        losses = t.model.backward(inp, targets, 1 / (t.samples_per_step * run.T), lane, on_ready=when_ready)
-        t.ops.classifier.add_mean(t.lane_losses[lane : lane + 1].reshape(()), losses, lanes / micro_steps)
+        t.replay(accumulate, t, micro_step % lanes, micro_step == micro_steps - 1)
     everyones = t.comm.gather(t.lane_losses).reshape(-1)
     t.ops.scalars.total(t.loss, everyones, everyones.size)
     t.watchdog.enter("update", step)
     lr = learning_rate(step, t.steps, run)
-    t.optimizer.step(step + 1, lr, t.loss)
+    t.optimizer.step(step + 1, lr, t.loss, t.replay)
     return lr
+
+
+def accumulate(t: Training, lane: int, last: bool) -> None:
+    """The gradient and the loss of the micro-batch that has been uploaded are added to the lane's.
+
+    With the same arguments the same in every step: a GPU replays it.
+    """
+    inp, targets = (upload.array for upload in t.uploads)
+    t.model.forward(inp)
+    on_ready = t.zero.when_ready(last)
+    losses = t.model.backward(inp, targets, 1 / (t.samples_per_step * t.run.T), lane, on_ready)
+    share = len(t.model.lanes) / t.run.accumulation(t.comm.world)
+    t.ops.classifier.add_mean(t.lane_losses[lane : lane + 1].reshape(()), losses, share)
 
 
 def nothing() -> None:

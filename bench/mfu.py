@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -175,6 +176,9 @@ def sustained(dev: ModuleType, step: Callable[[], Any], warm_up: float, seconds:
 @click.option("-r", "recompute", type=click.IntRange(0, 2), default=0, help="Recomputation, as in train.py.")
 @click.option("-ge", "gelu_fusion", type=click.IntRange(-1, 2), default=-1, help="GELU fusion, as in train.py.")
 @click.option("--gemm-search", type=click.Choice(["auto", "off"]), default="auto", help="As in train.py.")
+@click.option(
+    "--cuda-graph", type=click.Choice(["auto", "on", "off"]), default="auto", help="Of the whole step, as in train.py."
+)
 @click.option("--vocabulary", "V", default=50257, help="Tokens in the vocabulary.")
 @click.option("--device", "wanted", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="As in train.py.")
 @click.option("--warm-up", default=20.0, help="Seconds of load before anything is timed.")
@@ -189,6 +193,7 @@ def main(
     recompute: int,
     gelu_fusion: int,
     gemm_search: str,
+    cuda_graph: str,
     V: int,
     wanted: str,
     warm_up: float,
@@ -199,6 +204,7 @@ def main(
     """Milliseconds of a training step on random tokens, MFU, and every operation beside its floor."""
     backend = device.choose(wanted, 1, print)
     dev, operations = device.load(backend), ops.load(backend)
+    replay = dev.replay(cuda_graph, print)
     config = model_from_descriptor(model, V, T)
     run = RunConfig(model=model, B=B, T=T, recompute=recompute)
     if problem := operations.unsupported(B, config.C, config.HS):
@@ -214,7 +220,7 @@ def main(
     step = make_step(config, inp, targets, dev, recorded, recompute=recompute)
 
     with watched_gpu(backend) as gpu:
-        times = sustained(dev, step, warm_up, seconds)
+        times = sustained(dev, partial(step, replay), warm_up, seconds)
     recorded.calls = []
     step()
     rows = table(recorded.calls, dev, rates)
@@ -238,7 +244,7 @@ def main(
         "measured_bytes": rates.nbytes,
         "operations": [row._asdict() for row in rows],
     }
-    print(write_up(figures, rows, f"{model} B={B} T={T} -r {recompute}"))
+    print(write_up(figures, rows, f"{model} B={B} T={T} -r {recompute} --cuda-graph {cuda_graph}"))
     if json_path:
         json_path.write_text(json.dumps(figures, indent=1) + "\n")
     if png_path and have_matplotlib():

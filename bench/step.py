@@ -8,6 +8,7 @@ import numpy as np
 
 from engine.comm.one import OneRank
 from engine.config import GPT2Config, RunConfig
+from engine.device import eagerly
 from engine.models.gpt2 import GPT2, decayed, initialize, parameter_tensors
 from engine.optimizer import AdamW
 from engine.zero import Zero
@@ -33,8 +34,11 @@ def make_step(
     operations: Any,
     *,
     recompute: int,
-) -> Callable[[], Array]:
-    """A step of the engine on one batch (int32 (B,T)): forward, backward, guard, clip, AdamW. Returns the loss ()."""
+) -> Callable[..., Array]:
+    """A step of the engine on one batch (int32 (B,T)): forward, backward, guard, clip, AdamW. Returns the loss ().
+
+    It takes what calls the parts that are the same in every step: the device's `replay`, or `eagerly`, the default.
+    """
     B, T = inp.shape
     model = GPT2(config, operations, dev, B=B, T=T, recompute=recompute, dtype=dev.COMPUTE_DTYPE)
     run = RunConfig(B=B, T=T, weight_decay=0.1)
@@ -46,14 +50,17 @@ def make_step(
     loss, tokens, wanted = dev.zeros((), np.float64), dev.to_device(inp), dev.to_device(targets)
     updates = 0
 
-    def step() -> Array:
-        nonlocal updates
-        updates += 1
+    def accumulate() -> None:
         model.zero_grads()
         model.forward(tokens)
         loss.fill(0)
         operations.classifier.add_mean(loss, model.backward(tokens, wanted, 1 / inp.size), 1.0)
-        optimizer.step(updates, 3e-4, loss)
+
+    def step(replay: Callable[..., None] = eagerly) -> Array:
+        nonlocal updates
+        updates += 1
+        replay(accumulate)
+        optimizer.step(updates, 3e-4, loss, replay)
         return loss
 
     return step

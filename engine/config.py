@@ -210,6 +210,12 @@ class RunConfig:
         "auto: time cublasLt's algorithms for each matrix multiply, once for a GPU; off: take its first",
         choices=("auto", "off"),
     )
+    cuda_graph: str = option(
+        "auto",
+        "--cuda-graph",
+        "launch a step's kernels by CUDA graphs, recorded in the first steps; auto: where that works",
+        choices=("auto", "on", "off"),
+    )
     # several ranks
     zero_stage: int = option(0, "--zero-stage -z", "ZeRO stage", choices=(0, 1, 2))
     lanes: int = option(

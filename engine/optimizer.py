@@ -1,7 +1,7 @@
 """AdamW over the flat buffers of a model, its learning-rate schedules, and the guard before each update."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.arena import Arena
 from engine.config import RunConfig
+from engine.device import eagerly
 from engine.zero import Zero
 
 
@@ -39,8 +40,8 @@ class AdamW:
     Where parameters have fewer digits than that, fp32 masters of them too: the parameters are the masters, rounded to
     nearest even. Without masters (-w 0) the parameters are their own, and rounded at random.
 
-    The learning rate aside, a step needs nothing from the host: the guard's clip factor and skip flag stay on the
-    device, and `decision` can be read whenever the host wants to log it.
+    The schedule aside, which is uploaded, a step needs nothing from the host: the guard's clip factor and skip flag
+    stay on the device, and `decision` can be read whenever the host wants to log it.
     """
 
     def __init__(
@@ -64,12 +65,20 @@ class AdamW:
             name: device.zeros((ops.guard.WINDOW + 1,), np.float64) for name in ("loss_window", "norm_window")
         }
         self.decision = ops.guard.Decision(*(device.zeros((), np.float64) for _ in ops.guard.Decision._fields))
+        self._schedule = device.Upload((len(ops.adamw.Schedule._fields),), np.float64)
 
-    def step(self, t: int, lr: float, loss: Any) -> None:
+    def step(self, t: int, lr: float, loss: Any, replay: Callable[..., None] = eagerly) -> None:
         """Update number t (from 1) of the parameters, unless the guard skips it; loss () is this step's mean.
 
-        The gradients have been summed over the ranks; afterwards every rank has all parameters.
+        The gradients have been summed over the ranks; afterwards every rank has all parameters. replay: the device's,
+        which calls what is the same in every step.
         """
+        run = self._run
+        options = {"beta1": run.beta1, "beta2": run.beta2, "eps": run.eps, "weight_decay": run.weight_decay}
+        self._schedule(np.array(self._ops.adamw.Schedule.of(t, lr, **options)))
+        replay(self._update, loss)
+
+    def _update(self, loss: Any) -> None:
         run, ops = self._run, self._ops
         self._zero.norm_squared(self._norm_squared, ops)
         ops.guard.decide(
@@ -92,12 +101,10 @@ class AdamW:
                 self._zero.gradient(segment.span, segment.owned),
                 self.decision.clip,
                 self.decision.skip,
-                t=t,
-                lr=lr,
+                self._schedule.array,
                 beta1=run.beta1,
                 beta2=run.beta2,
-                eps=run.eps,
-                weight_decay=run.weight_decay if segment.decays else 0.0,
+                decays=segment.decays,
                 seed=run.seed,
                 stream=segment.bucket,
                 first=segment.first,

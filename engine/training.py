@@ -29,10 +29,10 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 # What a checkpoint and the run that goes on from it must agree on; the rest may change, and the run says so.
 FIXED_OPTIONS = ("T", "seed", "overfit")
 # Options that say where or how fast, not what: a change of these is not worth a word.
-FREE_OPTIONS = ("out_dir", "resume", "device", "recompute", "train_data", "val_data", "model", "watchdog")
+FREE_OPTIONS = ("out_dir", "resume", "device", "recompute", "train_data", "val_data", "model", "watchdog", "cuda_graph")
 
 
-@dataclass
+@dataclass(eq=False)
 class Training:
     """Everything that a run consists of. start: the step that it begins with, steps: the one that it ends before."""
 
@@ -51,6 +51,7 @@ class Training:
     start: int
     watchdog: Watchdog
     uploads: tuple[Any, Any]  # of a micro-batch's tokens and targets
+    replay: Callable[..., None]  # the device's: calls what is the same in every step
     lane_losses: Any  # (lanes of this rank) float64 on the device: this step's means
     loss: Any  # () float64 on the device: the mean of all lanes
     identity: dict[str, Any]  # of the run, as every checkpoint keeps it
@@ -197,6 +198,7 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         start=saved.step if saved else 0,
         watchdog=Watchdog(comm, run.watchdog),
         uploads=(dev.Upload((run.B, run.T), np.int32), dev.Upload((run.B, run.T), np.int32)),
+        replay=dev.replay(run.cuda_graph, say),
         lane_losses=dev.zeros((len(model.lanes),), np.float64),
         loss=dev.zeros((), np.float64),
         identity=identity,

@@ -6,15 +6,21 @@
 // params = master, rounded
 //
 // with both bias corrections taken out of the fraction: step_size = lr * c / (1 - beta1^t), epsilon = eps * c,
-// c = sqrt(1 - beta2^t).
+// c = sqrt(1 - beta2^t). What depends on t or lr lies in memory (see Schedule in engine/ops/numpy/adamw.py), so that a
+// launch is the same in every step, and a CUDA graph can replay it.
 //
 // variants: GRAD_FP32
 #include <common.cuh>
 #include <philox.cuh>
 
+enum { T, EPSILON, STEP_SIZE, KEEP };  // of a schedule
+
 __device__ __forceinline__ void update(
-    Pack& master, Pack& m, Pack& v, const Pack& grads, float clip, float beta1, float beta2, float epsilon,
-    float step_size, float keep) {
+    Pack& master, Pack& m, Pack& v, const Pack& grads, float clip, const double* schedule, float beta1, float beta2,
+    int decays) {
+    const float epsilon = static_cast<float>(schedule[EPSILON]);
+    const float step_size = static_cast<float>(schedule[STEP_SIZE]);
+    const float keep = decays ? static_cast<float>(schedule[KEEP]) : 1.0f;
     for (int i = 0; i < PACK; i++) {
         const float g = clip * grads.x[i];
         m.x[i] = beta1 * m.x[i] + (1.0f - beta1) * g;
@@ -25,18 +31,19 @@ __device__ __forceinline__ void update(
 
 // The guard has decided on clip and skip, and no host has seen them.
 extern "C" __global__ void adamw_update(
-    bf16* __restrict__ params,         // (n)
-    float* __restrict__ master,        // (n)
-    float* __restrict__ m,             // (n)
-    float* __restrict__ v,             // (n)
-    const grad_t* __restrict__ grads,  // (n)
-    const double* __restrict__ clip,   // ()
-    const double* __restrict__ skip,   // ()
-    long long n, float beta1, float beta2, float epsilon, float step_size, float keep) {
+    bf16* __restrict__ params,            // (n)
+    float* __restrict__ master,           // (n)
+    float* __restrict__ m,                // (n)
+    float* __restrict__ v,                // (n)
+    const grad_t* __restrict__ grads,     // (n)
+    const double* __restrict__ clip,      // ()
+    const double* __restrict__ skip,      // ()
+    const double* __restrict__ schedule,  // (4)
+    long long n, float beta1, float beta2, int decays) {
     const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * PACK;
     if (i >= n || *skip != 0.0) return;
     Pack x = load(master + i), mi = load(m + i), vi = load(v + i);
-    update(x, mi, vi, load(grads + i), static_cast<float>(*clip), beta1, beta2, epsilon, step_size, keep);
+    update(x, mi, vi, load(grads + i), static_cast<float>(*clip), schedule, beta1, beta2, decays);
     store(m + i, mi);
     store(v + i, vi);
     store(master + i, x);
@@ -54,21 +61,22 @@ __device__ __forceinline__ float round_stochastically(float x, unsigned random) 
 // Without masters. Random bits are keyed by (seed, t) and counted by (index, stream): `first` is the index of the first
 // element, in its stream.
 extern "C" __global__ void adamw_update_without_master(
-    bf16* __restrict__ params,         // (n)
-    float* __restrict__ m,             // (n)
-    float* __restrict__ v,             // (n)
-    const grad_t* __restrict__ grads,  // (n)
-    const double* __restrict__ clip,   // ()
-    const double* __restrict__ skip,   // ()
-    long long n, float beta1, float beta2, float epsilon, float step_size, float keep, unsigned seed, unsigned t,
-    unsigned stream, long long first) {
+    bf16* __restrict__ params,            // (n)
+    float* __restrict__ m,                // (n)
+    float* __restrict__ v,                // (n)
+    const grad_t* __restrict__ grads,     // (n)
+    const double* __restrict__ clip,      // ()
+    const double* __restrict__ skip,      // ()
+    const double* __restrict__ schedule,  // (4)
+    long long n, float beta1, float beta2, int decays, unsigned seed, unsigned stream, long long first) {
     const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * PACK;
     if (i >= n || *skip != 0.0) return;
     Pack x = load(params + i), mi = load(m + i), vi = load(v + i);
-    update(x, mi, vi, load(grads + i), static_cast<float>(*clip), beta1, beta2, epsilon, step_size, keep);
+    update(x, mi, vi, load(grads + i), static_cast<float>(*clip), schedule, beta1, beta2, decays);
     store(m + i, mi);
     store(v + i, vi);
     const unsigned long long index = (first + i) / PACK;
+    const unsigned t = static_cast<unsigned>(schedule[T]);
     const Random random = philox(static_cast<unsigned>(index), static_cast<unsigned>(index >> 32), stream, 0, seed, t);
     for (int k = 0; k < PACK; k++) x.x[k] = round_stochastically(x.x[k], (random.x[k / 2] >> (k % 2 * 16)) & 0xffffu);
     store(params + i, x);

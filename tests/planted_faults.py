@@ -391,6 +391,9 @@ FAULTS = (
         ("m not decayed", "beta1 * m.x[i]", "m.x[i]"),
         ("no weight decay", "keep * master.x[i]", "master.x[i]"),
         ("the step's size, and with it the bias corrections, ignored", "- step_size * (m", "- (m"),
+        ("weight decay everywhere", "decays ? static_cast<float>(schedule[KEEP]) : 1.0f", "schedule[KEEP]"),
+        ("epsilon of another field", "(schedule[EPSILON])", "(schedule[T])"),
+        ("the step's size of another field", "(schedule[STEP_SIZE])", "(schedule[KEEP])"),
         ("epsilon ignored", "(sqrtf(v.x[i]) + epsilon)", "sqrtf(v.x[i])"),
         ("epsilon under the root", "(sqrtf(v.x[i]) + epsilon)", "sqrtf(v.x[i] + epsilon)"),
     ),
@@ -421,6 +424,7 @@ FAULTS = (
         ("random bits of another word", "random.x[k / 2]", "random.x[k % 4]"),
         ("the same random bits in every buffer", "(first + i) / PACK", "i / PACK"),
         ("the counter's high word", "static_cast<unsigned>(index >> 32)", "0"),
+        ("t of another field", "(schedule[T])", "(schedule[KEEP])"),
         ("seed and t swapped", "stream, 0, seed, t)", "stream, 0, t, seed)"),
     ),
     *_in(

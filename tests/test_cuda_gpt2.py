@@ -214,11 +214,12 @@ def test_what_is_prepared_is_all_that_a_step_needs(twin, monkeypatch):
     decision = operations.guard.Decision(*(twin.put(np.array(0.0), np.float64) for _ in range(5)))
     windows = [twin.put(np.zeros(operations.guard.WINDOW + 1), np.float64) for _ in range(2)]
     limits = {"max_norm": 1.0, "max_loss_z": 9.0, "max_norm_z": 9.0}
-    options = {"t": 1, "lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.0}
+    schedule = twin.put(np.ones(4), np.float64)
+    options = {"beta1": 0.9, "beta2": 0.9, "decays": False}
     for bucket in model.grads.buckets:
         operations.norm.squared(one, model.grads.flat[bucket])
     operations.guard.decide(decision, *windows, one, one, **limits)
-    operations.adamw.update(model.params.flat, *zeros, model.grads.flat, one, decision.skip, **options)
+    operations.adamw.update(model.params.flat, *zeros, model.grads.flat, one, decision.skip, schedule, **options)
     operations.sampling.sample(
         *(twin.put(np.zeros(1), np.int32), model.forward(twin.put(inp, np.int32))[:1, 0], config.V),
         *(twin.put(np.zeros(1), np.float64), 1.0),

@@ -5,6 +5,7 @@ On the CPU the matrix multiplies are numpy's; everything else is what runs on a 
 
 import math
 import os
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -625,7 +626,11 @@ def test_total(twin):
         np.testing.assert_allclose(twin.get(out), math.fsum(parts) / 4, atol=n * 2**-53 * np.abs(parts).sum(), rtol=0)
 
 
-ADAMW = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+ADAMW = {"beta1": 0.9, "beta2": 0.95, "decays": True}
+
+
+def schedule(t):
+    return np.array(EXACT.adamw.Schedule.of(t, 0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1))
 
 
 @pytest.mark.parametrize("dtype", GRAD_DTYPES)
@@ -636,16 +641,43 @@ def test_adamw(twin, sizes, dtype):
         grads[0], m0[0], v0[0] = 0, 1e-7, 1e-12  # where eps counts
         master, m, v = (twin.put(x, F32) for x in (values, m0, v0))
         params = twin.nan(n)
-        scalars = twin.put(np.array(0.5), np.float64), twin.put(np.array(0.0), np.float64)
-        CUDA.adamw.update(params, master, m, v, twin.put(grads, dtype), *scalars, t=3, **ADAMW)
+        scalars = [twin.put(x, np.float64) for x in (np.array(0.5), np.array(0.0), schedule(3))]
+        CUDA.adamw.update(params, master, m, v, twin.put(grads, dtype), *scalars, **ADAMW)
         x, em, ev, g = (rounded(value, F32) for value in (values, m0, v0, rounded(grads, dtype)))
         size_m, before = 0.9 * np.abs(em) + 0.05 * np.abs(g), x.copy()
-        EXACT.adamw.update(x, x, em, ev, g, np.array(0.5), np.array(0), t=3, **ADAMW)
+        EXACT.adamw.update(x, x, em, ev, g, np.array(0.5), np.array(0), schedule(3), **ADAMW)
         assert_within(twin.get(m), em, 4 * EPS32 * size_m, "m")
         assert_within(twin.get(v), ev, 6 * EPS32 * ev, "v")
         step = 0.01 / (1 - 0.9**3) * math.sqrt(1 - 0.95**3) * size_m / np.sqrt(ev)
         assert_within(twin.get(master), x, 4 * EPS32 * np.abs(before) + 16 * EPS32 * step, "master")
         np.testing.assert_array_equal(twin.get(params), rounded(twin.get(master)))
+
+
+def test_adamw_takes_its_schedule_from_memory(twin):
+    """The same call with the same arrays, whose values have changed: as if it had been given other arrays."""
+    n = 2056
+    values, scalars = [normal(n), normal(n) ** 2], [twin.put(np.array(x), np.float64) for x in (1.0, 0.0)]
+    grads, now = twin.put(normal(n)), twin.put(schedule(1), np.float64)
+
+    def updated(at, decays):
+        arrays = [twin.put(values[0], F32), *(twin.put(values[1], F32) for _ in range(2))]
+        params = twin.put(values[0])
+        both = ((twin.nan(n), arrays[0]), (params, params))
+        for params, master in both:
+            options = {"seed": 7, "beta1": 0.9, "beta2": 0.95, "decays": decays}
+            CUDA.adamw.update(params, master, *arrays[1:], grads, *scalars, at, **options)
+        return [twin.get(x) for x in (*(params for params, _ in both), *arrays)]
+
+    found = []
+    for t in (1, 900):
+        now[:] = twin.put(schedule(t), np.float64)
+        for decays in (True, False):
+            found.append(updated(now, decays))
+            for ours, fresh in zip(found[-1], updated(twin.put(schedule(t), np.float64), decays), strict=True):
+                np.testing.assert_array_equal(ours, fresh)
+    for one, other in combinations(found, 2):
+        assert (one[0] != other[0]).any()
+        assert (one[1] != other[1]).any()
 
 
 def test_adamw_without_masters_rounds_at_random_as_numpy_does(twin):
@@ -655,15 +687,15 @@ def test_adamw_without_masters_rounds_at_random_as_numpy_does(twin):
     moments = np.zeros((2, n), F32)
     moments[0, 5] = np.array(0x7FFFFFFF, np.uint32).view(F32)  # the NaN that a GPU computes: rounded up it is -0
     params, m, v = twin.put(values), *(twin.put(x, F32) for x in moments)
-    scalars = twin.put(np.array(1.0), np.float64), twin.put(np.array(0.0), np.float64)
+    scalars = [twin.put(x, np.float64) for x in (np.array(1.0), np.array(0.0), schedule(5))]
     key = {"seed": 7, "stream": 3, "first": first}
-    CUDA.adamw.update(params, params, m, v, twin.put(np.zeros(n)), *scalars, t=5, **ADAMW, **key)
+    CUDA.adamw.update(params, params, m, v, twin.put(np.zeros(n)), *scalars, **ADAMW, **key)
     decayed = values.astype(BF16).astype(F32) * F32.type(1 - 0.01 * 0.1)
     decayed[5] = np.nan
     bits = rounding.random_bits(first, n, seed=7, t=5, stream=3)
     np.testing.assert_array_equal(twin.get(params), rounding.stochastic(decayed, bits).astype(np.float64))
     spec = values.astype(BF16)
-    EXACT.adamw.update(spec, spec, *moments, np.zeros(n, F32), np.array(1.0), np.array(0), t=5, **ADAMW, **key)
+    EXACT.adamw.update(spec, spec, *moments, np.zeros(n, F32), np.array(1.0), np.array(0), schedule(5), **ADAMW, **key)
     np.testing.assert_array_equal(twin.get(params), spec.astype(np.float64))
 
 
@@ -671,9 +703,9 @@ def test_adamw_skips(twin):
     n = 2056
     values = [normal(n) for _ in range(3)]
     params, arrays = twin.put(values[0]), [twin.put(x, F32) for x in values]
-    scalars = twin.put(np.array(1.0), np.float64), twin.put(np.array(1.0), np.float64)
-    CUDA.adamw.update(params, *arrays, twin.put(np.full(n, np.nan)), *scalars, t=1, **ADAMW)
-    CUDA.adamw.update(params, params, *arrays[1:], twin.put(np.full(n, np.nan)), *scalars, t=1, **ADAMW)
+    scalars = [twin.put(x, np.float64) for x in (np.array(1.0), np.array(1.0), schedule(1))]
+    CUDA.adamw.update(params, *arrays, twin.put(np.full(n, np.nan)), *scalars, **ADAMW)
+    CUDA.adamw.update(params, params, *arrays[1:], twin.put(np.full(n, np.nan)), *scalars, **ADAMW)
     np.testing.assert_array_equal(twin.get(params), rounded(values[0]))
     for array, kept in zip(arrays, values, strict=True):
         np.testing.assert_array_equal(twin.get(array), rounded(kept, F32))

@@ -204,7 +204,11 @@ def test_global_norm():
     np.testing.assert_allclose(out, (grads.astype(np.float64) ** 2).sum(), rtol=1e-6)
 
 
-ADAMW = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+BETAS = {"beta1": 0.9, "beta2": 0.95}
+
+
+def schedule(t, lr=0.01):
+    return np.array(OPS.adamw.Schedule.of(t, lr, **BETAS, eps=1e-8, weight_decay=0.1))
 
 
 def test_adamw():
@@ -215,7 +219,7 @@ def test_adamw():
     ref, ref_m, ref_v = params.copy(), np.zeros(10), np.zeros(10)
     for t in (1, 2, 3):
         grads = normal(10)
-        OPS.adamw.update(x, x, m, v, grads, clip, np.array(0), t=t, **ADAMW)
+        OPS.adamw.update(x, x, m, v, grads, clip, np.array(0), schedule(t), **BETAS, decays=True)
         g = 0.5 * grads
         ref_m = 0.9 * ref_m + 0.1 * g
         ref_v = 0.95 * ref_v + 0.05 * g**2
@@ -223,14 +227,36 @@ def test_adamw():
         ref = ref - 0.01 * (step + 0.1 * ref)
         np.testing.assert_allclose(x, ref, rtol=1e-12)
     master = params.copy()
-    OPS.adamw.update(rounded, master, np.zeros(10), np.zeros(10), grads, clip, np.array(0), t=1, **ADAMW)
+    zeros, scalars = np.zeros((2, 10)), (clip, np.array(0), schedule(1))
+    OPS.adamw.update(rounded, master, *zeros, grads, *scalars, **BETAS, decays=True)
     np.testing.assert_array_equal(rounded, master.astype(np.float16))
+
+
+def test_adamw_decays_where_it_is_told_to():
+    """Without gradients, all that is left."""
+    for decays, factor in ((True, 1 - 0.01 * 0.1), (False, 1.0)):
+        params = normal(10)
+        x = params.copy()
+        OPS.adamw.update(x, x, *np.zeros((3, 10)), np.array(1.0), np.array(0), schedule(1), **BETAS, decays=decays)
+        np.testing.assert_array_equal(x, params * factor)
+
+
+def test_adamw_takes_its_schedule_from_memory():
+    """The same call with the same arrays, whose values have changed: t and the learning rate are the new ones."""
+    grads, moments, now = normal(10), np.zeros((2, 10)), schedule(1)
+    x = before = normal(10)
+    for t, lr in ((1, 0.01), (2, 0.5), (1000, 0.25)):
+        now[:], before, kept = schedule(t, lr), x.copy(), moments.copy()
+        OPS.adamw.update(x, x, *moments, grads, np.array(1.0), np.array(0), now, **BETAS, decays=False)
+        m, v = 0.9 * kept[0] + 0.1 * grads, 0.95 * kept[1] + 0.05 * grads**2
+        step = lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        np.testing.assert_allclose(before - x, step, rtol=1e-9)
 
 
 def test_adamw_skips():
     x, m, v = normal(10), normal(10), normal(10) ** 2
     before = [a.copy() for a in (x, m, v)]
-    OPS.adamw.update(x, x, m, v, np.full(10, np.nan), np.array(1.0), np.array(1), t=1, **ADAMW)
+    OPS.adamw.update(x, x, m, v, np.full(10, np.nan), np.array(1.0), np.array(1), schedule(1), **BETAS, decays=True)
     for after, kept in zip((x, m, v), before, strict=True):
         np.testing.assert_array_equal(after, kept)
 

@@ -263,6 +263,7 @@ def training_in_float64(folder: Path, run: RunConfig) -> Training:
         start=0,
         watchdog=Watchdog(OneRank(), 0),
         uploads=(dev.Upload((run.B, run.T), np.int32), dev.Upload((run.B, run.T), np.int32)),
+        replay=dev.replay("off", print),
         lane_losses=dev.zeros((1,), np.float64),
         loss=dev.zeros((), np.float64),
         identity={},

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from engine.device import cublaslt, cuda, kernels
+from engine.device import cublaslt, cuda, kernels, numpy
 from engine.ops.cuda import linear, scratch
 from tests import shim
 
@@ -132,6 +132,7 @@ def on(name: str) -> Iterator[Twin]:
             patch.setattr(kernels, "KERNELS", kernels.Kernels(ShimModule))
             patch.setattr(cublaslt, "matmul", matmul)
             patch.setattr(cuda, "zeros", lambda shape, dtype: np.zeros(shape, dtype))
+            patch.setattr(cuda, "Upload", numpy.Upload)
         twin = Twin(name)
         yield twin
         twin.check_guards()

@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from engine.config import LATER
 from engine.errors import UsageError
@@ -14,6 +15,11 @@ DOCTOR = "python -m engine.doctor says what is there and what is missing"
 def load(device: str) -> ModuleType:
     """The functions of `device`: "numpy" or "cuda"."""
     return import_module(f"engine.device.{device}")
+
+
+def eagerly(function: Callable[..., None], *args: Any) -> None:
+    """What a device's `replay` gives where nothing is recorded: calls the function."""
+    function(*args)
 
 
 def choose(wanted: str, world: int, say: Callable[[str], None]) -> str:

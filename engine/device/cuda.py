@@ -1,13 +1,14 @@
 """The CUDA device: arrays are CuPy arrays, on the GPU that is current; everything is put on the current stream."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from engine.errors import OutOfMemoryError
+from engine.device import eagerly
+from engine.errors import OutOfMemoryError, UsageError
 
 NAME = "the GPU"
 COMPUTE_DTYPE = np.dtype(ml_dtypes.bfloat16)  # of parameters, gradients and activations in a run
@@ -59,7 +60,7 @@ def available_bytes() -> int:
 
 
 class Upload:
-    """Host arrays of one shape and dtype, tokens say, on their way to an array of the device that stays where it is.
+    """Host arrays of one shape and dtype, tokens say, on their way to `array` of the device, which stays where it is.
 
     The copies go through page-locked memory, so that the host need not wait for the device: only before it reuses
     a buffer whose copy, `slots` uploads ago, has not been made yet.
@@ -71,17 +72,16 @@ class Upload:
 
         self._host = [cupyx.empty_pinned(shape, dtype) for _ in range(slots)]
         self._copied = [cupy.cuda.Event(disable_timing=True) for _ in range(slots)]
-        self._device = zeros(shape, dtype)
+        self.array = zeros(shape, dtype)
         self._next = 0
 
-    def __call__(self, host: np.ndarray) -> Array:
-        """The device's array, which has host's values for all that is put on the stream from now on."""
+    def __call__(self, host: np.ndarray) -> None:
+        """array = host, for all that is put on the stream from now on."""
         slot, self._next = self._next, (self._next + 1) % len(self._host)
         self._copied[slot].synchronize()
         self._host[slot][...] = host
-        self._device.set(self._host[slot])
+        self.array.set(self._host[slot])
         self._copied[slot].record()
-        return self._device
 
 
 def download(arrays: Sequence[Array]) -> Callable[[], list[np.ndarray]]:
@@ -99,6 +99,76 @@ def download(arrays: Sequence[Array]) -> Callable[[], list[np.ndarray]]:
         return copies
 
     return wait
+
+
+def replay(wanted: str, say: Callable[[str], None]) -> Callable[..., None]:
+    """See the numpy twin. UsageError, when it is called, if recording fails and wanted is "on"."""
+    return eagerly if wanted == "off" else Replay(must=wanted == "on", say=say)
+
+
+class Replay:
+    """Calls functions; from the second call with the same arguments on by a CUDA graph, which is a single launch.
+
+    The first call is a usual one: it loads kernels and makes cublasLt's plans. The second one is recorded: nothing runs
+    then, and what kernels are given, pointers and numbers, is kept. So a function that is called here may take nothing
+    else from the host, and must put all it does on the current stream. It may not allocate: others would be given the
+    memory, which the graph goes on to use.
+    """
+
+    def __init__(self, must: bool, say: Callable[[str], None]):
+        self._must, self._say = must, say
+        self._graphs: dict[tuple, Any] = {}  # None for what has been called once
+        self._refused = False
+
+    def __call__(self, function: Callable[..., None], *args: Any) -> None:
+        key = (function, *map(_identity, args))
+        if self._refused or key not in self._graphs:
+            function(*args)
+            self._graphs[key] = None
+            return
+        if self._graphs[key] is None:
+            try:
+                self._graphs[key] = _recorded(function, args)
+            except Exception as error:  # whatever CUDA, CuPy or cublasLt make of it
+                self._refuse(error)
+                function(*args)
+                return
+        self._graphs[key].launch()
+
+    def _refuse(self, error: Exception) -> None:
+        reason = f"a step cannot be recorded as a CUDA graph ({type(error).__name__}: {error})"
+        if self._must:
+            raise UsageError(f"--cuda-graph on: {reason}; --cuda-graph off does without") from error
+        self._say(f"note       without a CUDA graph: {reason}")
+        self._refused = True
+
+
+def _identity(argument: Any) -> Any:
+    """What tells an argument from others: of an array, where it lies and what it is, not its values."""
+    import cupy
+
+    is_array = isinstance(argument, cupy.ndarray)
+    return (argument.data.ptr, argument.shape, argument.dtype) if is_array else argument
+
+
+def _recorded(function: Callable[..., None], args: tuple) -> Any:
+    """The graph of what the function launches. It is recorded on a stream of its own, and can be launched on any."""
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream, cupy.cuda.using_allocator(_no_memory):
+        stream.begin_capture()
+        try:
+            function(*args)
+        except BaseException:
+            with suppress(Exception):  # the first error is the one that tells
+                stream.end_capture()
+            raise
+        return stream.end_capture()
+
+
+def _no_memory(nbytes: int) -> Any:
+    raise RuntimeError(f"{nbytes:,} bytes are allocated in it")
 
 
 def mark() -> Any:

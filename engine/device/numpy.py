@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from engine.device import eagerly
+from engine.errors import UsageError
+
 CGROUP = Path("/sys/fs/cgroup")
 NAME = "the CPU"
 COMPUTE_DTYPE = np.float32  # of parameters, gradients and activations in a run
@@ -53,18 +56,27 @@ class Upload:
     """Host arrays of one shape and dtype, on their way to the device."""
 
     def __init__(self, shape: tuple[int, ...], dtype: Any):
-        self._device = zeros(shape, dtype)
+        self.array = zeros(shape, dtype)
 
-    def __call__(self, host: np.ndarray) -> np.ndarray:
-        """The device's array, which has host's values."""
-        self._device[...] = host
-        return self._device
+    def __call__(self, host: np.ndarray) -> None:
+        """array = host."""
+        self.array[...] = host
 
 
 def download(arrays: Sequence[np.ndarray]) -> Callable[[], list[np.ndarray]]:
     """What arrays hold now, for later: on a device that works on its own, the function that is returned waits."""
     copies = [array.copy() for array in arrays]
     return lambda: copies
+
+
+def replay(wanted: str, say: Callable[[str], None]) -> Callable[..., None]:
+    """replay(...)(function, *args) calls the function, whose calls with the same arguments are always the same.
+
+    A GPU records what it launches, and replays that: see --cuda-graph, which is `wanted`. say is told where it can't.
+    """
+    if wanted == "on":
+        raise UsageError("--cuda-graph on: the CPU has no CUDA graphs; --cuda-graph auto does without")
+    return eagerly
 
 
 def mark() -> float:

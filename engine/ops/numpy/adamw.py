@@ -7,6 +7,7 @@ params  = master, rounded to their dtype: to nearest, or at random where bfloat1
 """
 
 import math
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +15,24 @@ import numpy as np
 from engine.ops.numpy import rounding
 from engine.ops.numpy.parallel import for_each_block
 from engine.ops.numpy.scratch import scratch
+
+
+class Schedule(NamedTuple):
+    """All that changes from one update to the next, in the order in which `update` takes it as an array.
+
+    Both bias corrections are taken out of the fraction: with c = sqrt(1 - beta2^t) it is
+    lr * c / (1 - beta1^t) * m / (sqrt(v) + eps * c).
+    """
+
+    t: float  # counts updates from 1
+    epsilon: float  # eps * c
+    step_size: float  # lr * c / (1 - beta1^t)
+    keep: float  # 1 - lr * weight_decay
+
+    @classmethod
+    def of(cls, t: int, lr: float, *, beta1: float, beta2: float, eps: float, weight_decay: float) -> "Schedule":
+        c = math.sqrt(1 - beta2**t)
+        return cls(t, eps * c, lr * c / (1 - beta1**t), 1 - lr * weight_decay)
 
 
 def update(
@@ -24,29 +43,27 @@ def update(
     grads: np.ndarray,
     clip: np.ndarray,
     skip: np.ndarray,
+    schedule: np.ndarray,
     *,
-    t: int,
-    lr: float,
     beta1: float,
     beta2: float,
-    eps: float,
-    weight_decay: float,
+    decays: bool,
     seed: int = 0,
     stream: int = 0,
     first: int = 0,
 ) -> None:
-    """params (n) =, master (n) +=, m (n) =, v (n) =; grads (n) are read; t counts updates from 1.
+    """params (n) =, master (n) +=, m (n) =, v (n) =; grads (n) are read. decays: does weight decay apply?
 
     clip () scales the gradient and skip () != 0 leaves everything as it is: both are arrays that the device decided
-    on (guard.decide), so that no host waits. master may be params itself: then bfloat16 parameters are rounded at
-    random, by bits that are keyed by (seed, t) and counted by (stream, index); first is the index of the first element.
+    on (guard.decide), so that no host waits. schedule (4) float64 holds a Schedule: an array too, so that every update
+    is the same call, which a device may record once and replay. master may be params itself: then bfloat16 parameters
+    are rounded at random, by bits that are keyed by (seed, t) and counted by (stream, index); first is the index of the
+    first element.
     """
     at_random = master is params and params.dtype == ml_dtypes.bfloat16
     if skip:
         return
-    # With both bias corrections taken out of the fraction:  m / (sqrt(v) + eps * c) * (lr * c / (1 - beta1^t)).
-    c = math.sqrt(1 - beta2**t)
-    step_size = lr * c / (1 - beta1**t)
+    t, epsilon, step_size, keep = schedule.tolist()
 
     def update_block(block: slice) -> None:
         x, mb, vb = master[block], m[block], v[block]
@@ -63,13 +80,14 @@ def update(
         vb += np.multiply(g, 1 - beta2, out=tmp)
 
         np.sqrt(vb, out=tmp)
-        tmp += eps * c
+        tmp += epsilon
         np.divide(mb, tmp, out=tmp)
         tmp *= step_size
-        x *= 1 - lr * weight_decay
+        if decays:
+            x *= keep
         x -= tmp
         if at_random:
-            bits = rounding.random_bits(first + block.start, x.size, seed=seed, t=t, stream=stream)
+            bits = rounding.random_bits(first + block.start, x.size, seed=seed, t=int(t), stream=stream)
             params[block] = rounding.stochastic(x, bits)
         elif params is not master:
             params[block] = x
