@@ -132,6 +132,7 @@ def on(name: str) -> Iterator[Twin]:
             patch.setattr(kernels, "KERNELS", kernels.Kernels(ShimModule))
             patch.setattr(cublaslt, "matmul", matmul)
             patch.setattr(cuda, "zeros", lambda shape, dtype: np.zeros(shape, dtype))
+            patch.setattr(cuda, "shared_memory_limit", lambda: 227 << 10)
         twin = Twin(name)
         yield twin
         twin.check_guards()
