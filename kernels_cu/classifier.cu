@@ -2,6 +2,8 @@
 //
 // losses  = log(sum_v(exp(logits))) - logits[target]
 // dlogits = (exp(logits) / sum_v(exp(logits)) - [v == target]) * dloss      0 in the padding
+//
+// variants: HOLD_ROW
 #include <common.cuh>
 
 constexpr int THREADS = 1024;
@@ -36,7 +38,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) classifier_forward(
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + top - widen(x[targets[blockIdx.x]]);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) classifier_forward_backward(
+// With HOLD_ROW a block keeps its row in shared memory, so that memory is read once; otherwise it reads the row twice.
+#ifdef HOLD_ROW
+constexpr int BLOCKS = 2;  // on a multiprocessor: one's copies under way while the other computes
+#else
+constexpr int BLOCKS = 1;
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) classifier_forward_backward(
     float* __restrict__ losses,       // (N)
     bf16* __restrict__ logits,        // (N,Vp)
     const int* __restrict__ targets,  // (N)
@@ -44,12 +53,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) classifier_forward_backwar
     bf16* x = logits + static_cast<size_t>(blockIdx.x) * Vp;
     const int target = targets[blockIdx.x];
     const float target_logit = widen(x[target]);
+#ifdef HOLD_ROW
+    DYNAMIC_SHARED(bf16, held);  // (Vp); each thread reads what it copied itself, which takes no barrier
+    for (int v = threadIdx.x * PACK; v < Vp; v += THREADS * PACK) copy_async(held + v, x + v, true);
+    copy_async_commit();
+    copy_async_wait<0>();
+#else
+    const bf16* held = x;
+#endif
     float top, total;
-    softmax_parts(top, total, x, V, Vp);  // its barriers stand between all reads of the target's logit and the writes
+    // Its barriers stand between all reads of the target's logit and the writes.
+    softmax_parts(top, total, held, V, Vp);
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + top - target_logit;
     const float scale = 1.0f / total;
     for (int v = threadIdx.x * PACK; v < Vp; v += THREADS * PACK) {
-        Pack p = load(x + v);
+        Pack p = load(held + v);
         for (int i = 0; i < PACK; i++)
             p.x[i] = v + i < V ? (expf(p.x[i] - top) * scale - (v + i == target)) * dloss : 0.0f;
         store(x + v, p);

@@ -81,10 +81,12 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) layernorm_backward(
         const size_t row = static_cast<size_t>(n) * C;
         const float m = mean[n], r = rstd[n];
         Pack xhat[PACKS], g[PACKS];
+        uint4 before[PACKS];  // of dinp, as it lies in memory: on its way while the block adds up its sums
         float g_sum = 0.0f, g_xhat_sum = 0.0f;
         for (int k = 0; k < PACKS; k++) {
             const int c = (threadIdx.x + k * blockDim.x) * PACK;
             const Pack dy = c < C ? load(dout + row + c) : Pack{}, x = c < C ? load(inp + row + c) : Pack{};
+            if (c < C) before[k] = *reinterpret_cast<const uint4*>(dinp + row + c);
             for (int i = 0; i < PACK; i++) {
                 xhat[k].x[i] = (x.x[i] - m) * r;
                 g[k].x[i] = dy.x[i] * w[k].x[i];
@@ -99,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) layernorm_backward(
         for (int k = 0; k < PACKS; k++) {
             const int c = (threadIdx.x + k * blockDim.x) * PACK;
             if (c >= C) continue;
-            Pack dx = load(dinp + row + c);
+            Pack dx = load(reinterpret_cast<const bf16*>(&before[k]));
             for (int i = 0; i < PACK; i++) dx.x[i] += r * (g[k].x[i] - g_sum - xhat[k].x[i] * g_xhat_sum);
             store(dinp + row + c, dx);
             dx = load(dinp + row + c);  // as rounded: what everyone else sees

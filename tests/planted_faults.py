@@ -205,6 +205,8 @@ FAULTS = (
         ("a gradient of padding", "v + i < V ?", "true ?"),
         ("the target not subtracted", " - (v + i == target)", ""),
         ("dloss ignored", "* dloss : 0.0f", ": 0.0f"),
+        ("the copies not waited for", "    copy_async_wait<0>();\n", ""),
+        ("the tail of the row not copied", "held + v, x + v, true", "held + v, x + v, v + THREADS * PACK < Vp"),
     ),
     *_in(
         "classifier.cu classifier_add_mean",

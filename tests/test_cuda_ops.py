@@ -12,7 +12,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from engine import ops
-from engine.device import cublaslt
+from engine.device import cublaslt, cuda
 from engine.ops.cuda import scratch
 from engine.ops.numpy import rounding
 from tests.twins import BF16, EPS16, EPS32, F32, assert_within, on, rounded, stored, sum_error
@@ -542,7 +542,11 @@ def test_attention_is_stable_and_causal(twin):
 CLASSIFIER_SIZES = ((1, 1, 1, 8), (1, 3, 50, 128), (1, 2, 9000, 9088), None, (1, 1000, 50257, 50304))
 
 
-def test_classifier(twin, sizes):
+@pytest.mark.parametrize("held", [True, False])
+def test_classifier(twin, sizes, monkeypatch, held):
+    """With the row in shared memory, and as on a device that has too little of it."""
+    if not held:
+        monkeypatch.setattr(cuda, "shared_memory_limit", lambda: 0)
     dloss = 0.3
     for B, T, V, Vp in sizes(*CLASSIFIER_SIZES):
         logits, targets = normal(B, T, Vp) * 4, tokens(V, B, T)
@@ -615,8 +619,8 @@ def test_global_norm(twin, sizes, dtype):
         out = twin.put(np.array(7.0), np.float64)
         CUDA.norm.squared(out, twin.put(grads, dtype))
         exact = (rounded(grads, dtype) ** 2).sum()
-        # A thread adds up at most 128 squares in fp32, the threads' and the blocks' sums are added in fp64.
-        np.testing.assert_allclose(twin.get(out), exact, rtol=130 * EPS32)
+        # A thread adds up at most 32 squares in fp32, the threads' and the blocks' sums are added in fp64.
+        np.testing.assert_allclose(twin.get(out), exact, rtol=34 * EPS32)
 
 
 def test_total(twin):

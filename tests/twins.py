@@ -133,6 +133,7 @@ def on(name: str) -> Iterator[Twin]:
             patch.setattr(cublaslt, "matmul", matmul)
             patch.setattr(cuda, "zeros", lambda shape, dtype: np.zeros(shape, dtype))
             patch.setattr(cuda, "Upload", numpy.Upload)
+            patch.setattr(cuda, "shared_memory_limit", lambda: 227 << 10)
         twin = Twin(name)
         yield twin
         twin.check_guards()

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from engine.device import kernels
+from engine.device import cuda, kernels
 
 Array = Any
 
 THREADS = 1024
+STATIC_BYTES = 1 << 10  # of shared memory, at most: what the sums over a block take
 
 
 def forward(losses: Array, logits: Array, targets: Array, V: int) -> None:
@@ -15,9 +16,18 @@ def forward(losses: Array, logits: Array, targets: Array, V: int) -> None:
 
 
 def forward_backward(losses: Array, logits: Array, targets: Array, V: int, dloss: float) -> None:
+    """Reads the logits once where a row fits into a block's shared memory, and twice where it does not."""
     N, Vp = losses.size, logits.shape[-1]
+    row_bytes = Vp * logits.itemsize
+    held = row_bytes + STATIC_BYTES <= cuda.shared_memory_limit()
     kernels.launch(
-        "classifier", "classifier_forward_backward", (N,), (THREADS,), losses, logits, targets, N, V, Vp, dloss
+        "classifier",
+        "classifier_forward_backward",
+        (N,),
+        (THREADS,),
+        *(losses, logits, targets, N, V, Vp, dloss),
+        shared_bytes=row_bytes if held else 0,
+        defines={"HOLD_ROW": 1} if held else None,
     )
 
 
