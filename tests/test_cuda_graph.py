@@ -268,6 +268,7 @@ def train_by_shim(gpu, monkeypatch, tmp_path):
         monkeypatch.setattr(device, "choose", lambda *_: "cuda")
         monkeypatch.setattr(kernels, "KERNELS", kernels.Kernels(Module))
         monkeypatch.setattr(cublaslt, "matmul", lambda *args, **options: gpu.run(lambda: matmul(*args, **options)))
+        monkeypatch.setattr(cublaslt, "use", lambda table: None)
         monkeypatch.setattr(cuda, "zeros", zeros)
         monkeypatch.setattr(cuda, "to_device", lambda host: host)
         monkeypatch.setattr(cuda, "to_host", np.asarray)
