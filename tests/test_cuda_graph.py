@@ -234,7 +234,7 @@ class Memory(np.ndarray):
 
 
 @pytest.fixture
-def train_by_shim(gpu, monkeypatch, tmp_path):
+def train_by_shim(gpu, tmp_path):
     """train_by_shim(cuda_graph, steps, **options) trains on CUDA's operations, whose launches the stand-in records.
 
     Gives the losses, the decisions of the guard, and the optimizer's state.
@@ -262,7 +262,8 @@ def train_by_shim(gpu, monkeypatch, tmp_path):
         t.loader.close()
         return found, {name: np.array(x) for name, x in (t.optimizer.state() | t.optimizer.parameters()).items()}
 
-    with on("forward"):
+    # Undone before the shim's own, which it is laid upon.
+    with on("forward"), pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(sys.modules["cupy"], "ndarray", Memory)
         monkeypatch.setattr(Memory, "gpu", gpu, raising=False)
         monkeypatch.setattr(device, "choose", lambda *_: "cuda")
