@@ -74,7 +74,7 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
     for source, *variants in (
         ("adamw", grads),
         ("attention", {"HS": dims["C"] // dims["NH"]}),
-        ("classifier", {}),
+        ("classifier", {}, classifier.holds_row(dims["Vp"])),
         ("embedding", {}, grads),
         ("gelu", {}),
         ("guard", {}),

@@ -18,17 +18,21 @@ def forward(losses: Array, logits: Array, targets: Array, V: int) -> None:
 def forward_backward(losses: Array, logits: Array, targets: Array, V: int, dloss: float) -> None:
     """Reads the logits once where a row fits into a block's shared memory, and twice where it does not."""
     N, Vp = losses.size, logits.shape[-1]
-    row_bytes = Vp * logits.itemsize
-    held = row_bytes + STATIC_BYTES <= cuda.shared_memory_limit()
+    variant = holds_row(Vp)
     kernels.launch(
         "classifier",
         "classifier_forward_backward",
         (N,),
         (THREADS,),
         *(losses, logits, targets, N, V, Vp, dloss),
-        shared_bytes=row_bytes if held else 0,
-        defines={"HOLD_ROW": 1} if held else None,
+        shared_bytes=2 * Vp if variant else 0,
+        defines=variant,
     )
+
+
+def holds_row(Vp: int) -> dict[str, int]:
+    """The definitions of the variant that keeps a row of Vp logits in a block's shared memory, if it fits there."""
+    return {"HOLD_ROW": 1} if 2 * Vp + STATIC_BYTES <= cuda.shared_memory_limit() else {}
 
 
 def add_mean(mean: Array, losses: Array, share: float) -> None:
