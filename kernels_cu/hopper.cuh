@@ -118,6 +118,17 @@ __device__ __forceinline__ void products_done(float (&d)[N][4]) {
 #undef ROW16
 #undef ROW32
 
+// A warpgroup gives registers back, or takes some: each thread has so many then, a multiple of 8. The kernel must have
+// __launch_bounds__(threads, blocks), and the two must be the branches of one `if`. (PTX ISA, "setmaxnreg")
+template <int count>
+__device__ __forceinline__ void keep_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+template <int count>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
+
 // 2^x, to 2 units in the last place, results below 2^-126 as zero.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

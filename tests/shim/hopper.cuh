@@ -394,6 +394,11 @@ __device__ __forceinline__ void products_done(float (&d)[N][4]) {
         if (sum.under_way && sum.d[l] == &d[0][0]) shim::fail("products_done", "products for d are under way");
 }
 
+template <int count>
+__device__ __forceinline__ void keep_registers() {}
+template <int count>
+__device__ __forceinline__ void take_registers() {}
+
 __device__ __forceinline__ float exp2_fast(float x) {
     constexpr float SMALLEST = 0x1p-126f;
     const float y = exp2f(x);

@@ -70,10 +70,12 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
     """Compiles and loads every kernel of a run, so that no mistake in one, nor an edit, shows in the middle of it; and
     takes the scratch memory. GELU is fused from Hopper on: before, cublasLt does it in a pass of its own, slowly.
     """
-    grads = kernels.grad_variant(grad_dtype)
+    grads, HS = kernels.grad_variant(grad_dtype), dims["C"] // dims["NH"]
+    attention.for_hopper = cuda.compute_capability() == 90
     for source, *variants in (
         ("adamw", grads),
-        ("attention", {"HS": dims["C"] // dims["NH"]}),
+        ("attention", {"HS": HS}),
+        *([("attention_hopper", {"HS": HS})] if attention.on_hopper(HS) else []),
         ("classifier", {}),
         ("embedding", {}, grads),
         ("gelu", {}),
