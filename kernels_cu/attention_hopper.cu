@@ -14,17 +14,17 @@
 #ifndef FORWARD_GROUPS
 #define FORWARD_GROUPS 2
 #define FORWARD_BLOCKS 2
-#define FORWARD_REGISTERS 112
+#define FORWARD_REGISTERS 104
 #endif
 #ifndef KV_GROUPS
 #define KV_GROUPS 2
 #define KV_BLOCKS 1
-#define KV_REGISTERS 240
+#define KV_REGISTERS 232
 #endif
 #ifndef Q_GROUPS
 #define Q_GROUPS 2
 #define Q_BLOCKS 1
-#define Q_REGISTERS 240
+#define Q_REGISTERS 232
 #endif
 #ifndef STAGES
 #define STAGES 4
@@ -38,6 +38,16 @@ constexpr int HEAD_BYTES = HEAD * 2;
 
 constexpr int FORWARD_THREADS = (FORWARD_GROUPS + 1) * GROUP, KV_THREADS = (KV_GROUPS + 1) * GROUP,
               Q_THREADS = (Q_GROUPS + 1) * GROUP;
+
+// Of the warpgroup that fills the stages. What it gives back is all that the others can take: more, and they wait for
+// ever.
+constexpr int KEPT_REGISTERS = 32;
+__device__ constexpr bool are_there(int groups, int blocks, int registers) {
+    return groups * registers + KEPT_REGISTERS <= 65536 / (blocks * (groups + 1) * GROUP) / 8 * 8 * (groups + 1);
+}
+static_assert(are_there(FORWARD_GROUPS, FORWARD_BLOCKS, FORWARD_REGISTERS), "forward");
+static_assert(are_there(KV_GROUPS, KV_BLOCKS, KV_REGISTERS), "backward_kv");
+static_assert(are_there(Q_GROUPS, Q_BLOCKS, Q_REGISTERS), "backward_q");
 
 // One thread: 64 rows of a head, zeros for rows from T on, whose bytes arrive at the barrier.
 __device__ __forceinline__ void load_rows(
@@ -66,6 +76,13 @@ struct Left {
 __device__ __forceinline__ void multiply_transposed(Tile<ROWS>& tile, const Left& a, const bf16* b) {
 #pragma unroll
     for (int k = 0; k < HS / 16; k++) product_64x16<false>(tile.x, a.x[k], factor(b + k / 4 * BOX + k % 4 * 16), k > 0);
+}
+
+// The same where registers are short: a, too, stays in shared memory.
+__device__ __forceinline__ void multiply_transposed(Tile<ROWS>& tile, const bf16* a, const bf16* b) {
+#pragma unroll
+    for (int k = 0; k < HS / 16; k++)
+        product_64x16<false>(tile.x, factor(a + k / 4 * BOX + k % 4 * 16), factor(b + k / 4 * BOX + k % 4 * 16), k > 0);
 }
 
 // tile += a b: b 64 rows in shared memory.
@@ -143,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
     __syncthreads();
 
     if (group == FORWARD_GROUPS) {
-        keep_registers<24>();
+        keep_registers<KEPT_REGISTERS>();
         if (threadIdx.x % GROUP) return;
         barrier_arrive_expecting(queries, FORWARD_GROUPS * HEAD_BYTES);
         for (int i = 0; i < FORWARD_GROUPS; i++) load_rows(q + i * HEAD, qkv, column, block + i * ROWS, queries);
@@ -161,7 +178,6 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
     const int first = block + group * ROWS;  // the warpgroup's first query
     bf16* const mine = q + group * HEAD;
     barrier_wait(queries, 0);
-    const Left left(mine);
     const float scale = LOG2E * rsqrtf(static_cast<float>(HS));  // of scores, whose exponentials have base 2
     Tile<HS> o;
     float top0 = -INF, top1 = -INF, total0 = 0.0f, total1 = 0.0f;
@@ -171,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
         Tile<ROWS> s;
         ring.wait_full(step);
         products_begin();
-        multiply_transposed(s, left, k + stage * HEAD);
+        multiply_transposed(s, mine, k + stage * HEAD);
         products_commit();
         products_wait<0>();
         products_done(s.x);
@@ -267,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
     __syncthreads();
 
     if (group == KV_GROUPS) {
-        keep_registers<24>();
+        keep_registers<KEPT_REGISTERS>();
         const int lane = threadIdx.x % GROUP;
         if (lane >= WARP) return;
         if (lane == 0) {
@@ -396,7 +412,7 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
     __syncthreads();
 
     if (group == Q_GROUPS) {
-        keep_registers<24>();
+        keep_registers<KEPT_REGISTERS>();
         if (threadIdx.x % GROUP) return;
         barrier_arrive_expecting(queries, 2 * Q_GROUPS * HEAD_BYTES);
         for (int i = 0; i < Q_GROUPS; i++) {

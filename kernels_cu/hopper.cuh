@@ -95,6 +95,19 @@ __device__ __forceinline__ void product_64x16(
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), "n"(DEPTH_IN_ROWS));
 }
 
+// The same with a in shared memory, as 64 rows of 16 columns.
+template <bool DEPTH_IN_ROWS>
+__device__ __forceinline__ void product_64x16(float (&d)[8][4], unsigned long long a, unsigned long long b, bool add) {
+    asm volatile(
+        "{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %34, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+        "%32, %33, add, 1, 1, 0, %35;\n\t}"
+        : ROW32(d, 0)
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(DEPTH_IN_ROWS));
+}
+
 // Before the first product after other instructions have written d or a.
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
