@@ -85,6 +85,12 @@ __device__ __forceinline__ void multiply_transposed(Tile<ROWS>& tile, const bf16
         product_64x16<false>(tile.x, factor(a + k / 4 * BOX + k % 4 * 16), factor(b + k / 4 * BOX + k % 4 * 16), k > 0);
 }
 
+#ifdef LOAD_LEFT
+using LeftOf = const Left;
+#else
+using LeftOf = const bf16* const;
+#endif
+
 // tile += a b: b 64 rows in shared memory.
 __device__ __forceinline__ void add_product(Tile<HS>& tile, const unsigned (&a)[ROWS / 16][4], const bf16* b) {
 #pragma unroll
@@ -240,6 +246,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
         products_commit();
         products_wait<0>();
         products_done(o.x);
+        products_done(p);
         ring.leave(step);
     }
     total0 = row_sum(total0);
@@ -316,7 +323,6 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
     const int first = block + group * ROWS;  // the warpgroup's first key
     bf16 *const my_k = k + group * HEAD, *const my_v = v + group * HEAD;
     barrier_wait(keys, 0);
-    const Left left_k(my_k), left_v(my_v);
     const float scale = rsqrtf(static_cast<float>(HS));
     Tile<HS> dk, dv;
     for (int step = 0; block + step * ROWS < T; step++) {
@@ -325,6 +331,7 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
         ring.wait_full(step);
         if (step >= group) {  // else the queries come before all keys
             Tile<ROWS> p, ds;
+            LeftOf left_k(my_k), left_v(my_v);
             products_begin();
             multiply_transposed(p, left_k, q_now);
             products_commit();
@@ -375,7 +382,9 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
             products_commit();
             products_wait<0>();
             products_done(dv.x);
+            products_done(left_p);
             products_done(dk.x);
+            products_done(left_ds);
         }
         ring.leave(step);
     }
@@ -431,18 +440,18 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
     take_registers<Q_REGISTERS>();
 
     const int first = block + group * ROWS;  // the warpgroup's first query
-    bf16* const my_q = q + group * HEAD;
+    bf16 *const my_q = q + group * HEAD, *const my_dy = dy + group * HEAD;
     const size_t head = (static_cast<size_t>(blockIdx.z) * NH + blockIdx.y) * T;
     const int row0 = first + threadIdx.x / WARP % 4 * 16 + tile_row(), row1 = row0 + 8;
     const float lse0 = row0 < T ? lse[head + row0] * LOG2E : INF, D0 = row0 < T ? D[head + row0] : 0.0f;
     const float lse1 = row1 < T ? lse[head + row1] * LOG2E : INF, D1 = row1 < T ? D[head + row1] : 0.0f;
     barrier_wait(queries, 0);
-    const Left left_q(my_q), left_dy(dy + group * HEAD);
     const float scale = rsqrtf(static_cast<float>(HS));
     Tile<HS> dq;
     for (int step = 0; step * ROWS <= first && step * ROWS < end; step++) {
         const int stage = step % STAGES;
         Tile<ROWS> p, ds;
+        LeftOf left_q(my_q), left_dy(my_dy);
         ring.wait_full(step);
         products_begin();
         multiply_transposed(p, left_q, k + stage * HEAD);
@@ -486,6 +495,7 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
         products_commit();
         products_wait<0>();
         products_done(dq.x);
+        products_done(left_ds);
         ring.leave(step);
     }
     const size_t pitch = 3 * static_cast<size_t>(C);

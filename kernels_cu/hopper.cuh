@@ -120,7 +120,13 @@ __device__ __forceinline__ void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups) : "memory");
 }
 
-// After products_wait, of each d that it waited for: keeps the compiler from reading d earlier.
+// After products_wait, of each d, and each a in registers, that it waited for: keeps the compiler from reading d
+// earlier, and from writing to the registers of a meanwhile.
+template <int N>
+__device__ __forceinline__ void products_done(unsigned (&a)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
+}
 template <int N>
 __device__ __forceinline__ void products_done(float (&d)[N][4]) {
 #pragma unroll

@@ -418,6 +418,9 @@ __device__ __forceinline__ void products_wait() {
 }
 
 template <int N>
+__device__ __forceinline__ void products_done(unsigned (&)[N][4]) {}
+
+template <int N>
 __device__ __forceinline__ void products_done(float (&d)[N][4]) {
     const unsigned l = shim::lane();
     for (const shim::Sum& sum : shim::products[shim::index() / shim::WARP_LANES].sums)
