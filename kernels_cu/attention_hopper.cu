@@ -5,30 +5,23 @@
 // filled with what the others go through; they share it, each at its own pace. All that a product makes stays in
 // registers: of a product's result, rounded to bf16, the next product's left factor is made in place.
 //
-// target: sm_90a
-// variants: HS = 64
+// target: sm_90a alone
+// variants: HS = 64, 128
 #include <attention.cuh>
 #include <hopper.cuh>
 
-// Warpgroups of a block, and blocks that a multiprocessor has room for at a time.
-#ifndef FORWARD_GROUPS
-#define FORWARD_GROUPS 2
-#define FORWARD_BLOCKS 2
-#define FORWARD_REGISTERS 104
+// Of each kernel: warpgroups of a block, but the one that fills the stages; blocks that a multiprocessor has room for
+// at a time; registers of each of those warpgroups' threads.
+#if HS == 64
+constexpr int FORWARD_GROUPS = 2, FORWARD_BLOCKS = 2, FORWARD_REGISTERS = 104;
+constexpr int KV_GROUPS = 1, KV_BLOCKS = 2, KV_REGISTERS = 224;
+constexpr int Q_GROUPS = 1, Q_BLOCKS = 3, Q_REGISTERS = 128;
+#else
+constexpr int FORWARD_GROUPS = 2, FORWARD_BLOCKS = 1, FORWARD_REGISTERS = 232;
+constexpr int KV_GROUPS = 2, KV_BLOCKS = 1, KV_REGISTERS = 232;
+constexpr int Q_GROUPS = 2, Q_BLOCKS = 1, Q_REGISTERS = 232;
 #endif
-#ifndef KV_GROUPS
-#define KV_GROUPS 2
-#define KV_BLOCKS 1
-#define KV_REGISTERS 232
-#endif
-#ifndef Q_GROUPS
-#define Q_GROUPS 2
-#define Q_BLOCKS 1
-#define Q_REGISTERS 232
-#endif
-#ifndef STAGES
-#define STAGES 4
-#endif
+constexpr int STAGES = 3;
 
 constexpr int GROUP = 128;       // threads
 constexpr int ROWS = 64;         // of a warpgroup, of a box, and of a stage
@@ -61,35 +54,14 @@ __device__ __forceinline__ int place(int row, int column) {
     return column / 64 * BOX + row * 64 + (column % 64 / 8 ^ row % 8) * 8;
 }
 
-// A warp's 16 of 64 rows, as the left factor of products over HS.
-struct Left {
-    unsigned x[HS / 16][4];
-
-    __device__ __forceinline__ explicit Left(const bf16* rows) {
-        const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP % 4 * 16 + lane % 16;
-#pragma unroll
-        for (int k = 0; k < HS / 16; k++) load_matrices(x[k], rows + place(row, k * 16 + lane / 16 * 8));
-    }
-};
-
-// tile = a b^T: b 64 rows in shared memory. Under way until products_wait, as what follows.
-__device__ __forceinline__ void multiply_transposed(Tile<ROWS>& tile, const Left& a, const bf16* b) {
-#pragma unroll
-    for (int k = 0; k < HS / 16; k++) product_64x16<false>(tile.x, a.x[k], factor(b + k / 4 * BOX + k % 4 * 16), k > 0);
-}
-
-// The same where registers are short: a, too, stays in shared memory.
+// tile = a b^T: each 64 rows in shared memory. Under way until products_wait, as what follows. (a would be in registers
+// for good, but ptxas 13.0 then gives them away in the middle of a loop: seen in the machine code, and in the
+// gradients.)
 __device__ __forceinline__ void multiply_transposed(Tile<ROWS>& tile, const bf16* a, const bf16* b) {
 #pragma unroll
     for (int k = 0; k < HS / 16; k++)
         product_64x16<false>(tile.x, factor(a + k / 4 * BOX + k % 4 * 16), factor(b + k / 4 * BOX + k % 4 * 16), k > 0);
 }
-
-#ifdef LOAD_LEFT
-using LeftOf = const Left;
-#else
-using LeftOf = const bf16* const;
-#endif
 
 // tile += a b: b 64 rows in shared memory.
 __device__ __forceinline__ void add_product(Tile<HS>& tile, const unsigned (&a)[ROWS / 16][4], const bf16* b) {
@@ -304,10 +276,9 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
             const int stage = step % STAGES, start = block + step * ROWS;
             ring.wait_empty(step);
             for (int i = lane; i < ROWS; i += WARP) {
-                // Beyond the last query lse is infinite, which makes P zero.
-                const bool valid = start + i < T;
-                statistics[stage][i] =
-                    make_float2(valid ? lse[head + start + i] * LOG2E : INF, valid ? D[head + start + i] : 0.0f);
+                const size_t at = head + start + i;
+                // P is 1 beyond the last query, and the rows of dout that it is multiplied by are zero.
+                statistics[stage][i] = start + i < T ? make_float2(lse[at] * LOG2E, D[at]) : make_float2(0.0f, 0.0f);
             }
             __syncwarp();
             if (lane == 0) {
@@ -331,12 +302,11 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
         ring.wait_full(step);
         if (step >= group) {  // else the queries come before all keys
             Tile<ROWS> p, ds;
-            LeftOf left_k(my_k), left_v(my_v);
             products_begin();
-            multiply_transposed(p, left_k, q_now);
+            multiply_transposed(p, my_k, q_now);
             products_commit();
             products_begin();
-            multiply_transposed(ds, left_v, dy_now);
+            multiply_transposed(ds, my_v, dy_now);
             products_commit();
             products_wait<1>();
             products_done(p.x);
@@ -451,13 +421,12 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
     for (int step = 0; step * ROWS <= first && step * ROWS < end; step++) {
         const int stage = step % STAGES;
         Tile<ROWS> p, ds;
-        LeftOf left_q(my_q), left_dy(my_dy);
         ring.wait_full(step);
         products_begin();
-        multiply_transposed(p, left_q, k + stage * HEAD);
+        multiply_transposed(p, my_q, k + stage * HEAD);
         products_commit();
         products_begin();
-        multiply_transposed(ds, left_dy, v + stage * HEAD);
+        multiply_transposed(ds, my_dy, v + stage * HEAD);
         products_commit();
         products_wait<1>();
         products_done(p.x);

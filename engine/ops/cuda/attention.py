@@ -16,9 +16,11 @@ THREADS = 128
 
 # Whether Hopper's kernels are taken where there are some: kernels_cu/attention_hopper.cu.
 for_hopper = False
-HOPPER_HEAD_SIZES = (64,)
-GROUPS = {"forward": 2, "backward_kv": 2, "backward_q": 2}  # of 64 rows and 128 threads, in a block
-STAGES = 4
+GROUPS = {  # of 64 rows and 128 threads, in a block: by head size, as in that file
+    64: {"forward": 2, "backward_kv": 1, "backward_q": 1},
+    128: {"forward": 2, "backward_kv": 2, "backward_q": 2},
+}
+STAGES = 3
 
 
 def forward(out: Array, lse: Array, qkv: Array) -> None:
@@ -54,7 +56,7 @@ def scratch_bytes(dims: Mapping[str, int]) -> int:
 
 
 def on_hopper(HS: int) -> bool:
-    return for_hopper and HS in HOPPER_HEAD_SIZES
+    return for_hopper and HS in GROUPS
 
 
 def shared_bytes(HS: int) -> dict[str, int]:
@@ -79,7 +81,7 @@ def _launch(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) -> None
 
 def _launch_hopper(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) -> None:
     """A kernel with warpgroups for 64 rows of a head each, one to fill the stages, and two arrays' rows in each."""
-    groups = GROUPS[name]
+    groups = GROUPS[HS][name]
     own = groups if name == "forward" else 2 * groups
     kernels.launch(
         "attention_hopper",
