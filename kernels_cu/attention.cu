@@ -12,31 +12,13 @@
 // warp, in a fixed order, and there is neither an atomic nor a buffer in fp32.
 //
 // variants: HS = 16, 32, 64, 80, 96, 128
-#include <common.cuh>
-
-#ifndef HS
-#define HS 64
-#endif
+#include <attention.cuh>
 
 constexpr int ROWS = 64;                       // queries (or keys) of a block, and keys of a step over keys
 constexpr int QUERY_STEP = HS > 64 ? 32 : 64;  // queries of a step over queries: registers hold dk and dv besides
 constexpr int WARPS = ROWS / 16;               // each has 16 of the block's rows
 constexpr int THREADS = WARPS * WARP;
 constexpr int STRIDE = HS + PACK;  // of a row in shared memory: so that 8 rows of 16 bytes lie in different banks
-constexpr float LOG2E = 1.4426950408889634f;
-
-// What follows treats 16 rows of a warp. Of a tile of accumulators, lane l has rows l / 4 and l / 4 + 8, and in x[n]
-// the columns 8 n + 2 (l % 4) and the next: x[n][0], x[n][1] of the first row, x[n][2], x[n][3] of the second.
-template <int COLUMNS>
-struct Tile {
-    float x[COLUMNS / 8][4];
-
-    __device__ __forceinline__ Tile() : x{} {}
-};
-
-__device__ __forceinline__ int tile_row() { return threadIdx.x % WARP / 4; }
-__device__ __forceinline__ int tile_column(int n) { return 8 * n + 2 * (threadIdx.x % 4); }
-
 // tile += a b^T: a (16, HS) and b (COLUMNS, HS) lie in shared memory.
 template <int COLUMNS>
 __device__ __forceinline__ void add_product_transposed(Tile<COLUMNS>& tile, const bf16* a, const bf16* b) {
@@ -61,10 +43,8 @@ __device__ __forceinline__ void add_product(Tile<HS>& tile, const Tile<DEPTH>& a
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int k = 0; k < DEPTH; k += 16) {
-        const float (&left)[4] = a.x[k / 8], (&right)[4] = a.x[k / 8 + 1];
-        const unsigned af[4] = {
-            pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]), pack_bf16(right[0], right[1]),
-            pack_bf16(right[2], right[3])};
+        unsigned af[4];
+        as_factor(af, a, k / 16);
 #pragma unroll
         for (int n = 0; n < HS; n += 16) {
             unsigned bf[4];
@@ -106,16 +86,6 @@ __device__ __forceinline__ void store_tile(
             *reinterpret_cast<uint4*>(head + (first + row) * pitch + column) =
                 *reinterpret_cast<const uint4*>(rows + row * STRIDE + column);
     }
-}
-
-// The sum, or the maximum, over the four lanes that share a tile's row.
-__device__ __forceinline__ float row_sum(float x) {
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
-}
-__device__ __forceinline__ float row_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
-    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
 
 // A block takes ROWS queries of a head: blocks (ceil(T / ROWS), NH, B), those with the most keys first.

@@ -14,9 +14,9 @@ using grad_t = float;
 using grad_t = bf16;
 #endif
 
-// Dynamic shared memory, by a macro because the CPU gets it from elsewhere.
+// Dynamic shared memory, by a macro because the CPU gets it from elsewhere. Aligned as the boxes of hopper.cuh must be.
 #ifndef DYNAMIC_SHARED
-#define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
+#define DYNAMIC_SHARED(type, name) extern __shared__ __align__(1024) type name[]
 #endif
 
 __device__ __forceinline__ float widen(bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }

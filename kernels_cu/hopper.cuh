@@ -95,6 +95,19 @@ __device__ __forceinline__ void product_64x16(
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), "n"(DEPTH_IN_ROWS));
 }
 
+// The same with a in shared memory, as 64 rows of 16 columns.
+template <bool DEPTH_IN_ROWS>
+__device__ __forceinline__ void product_64x16(float (&d)[8][4], unsigned long long a, unsigned long long b, bool add) {
+    asm volatile(
+        "{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %34, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+        "%32, %33, add, 1, 1, 0, %35;\n\t}"
+        : ROW32(d, 0)
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(DEPTH_IN_ROWS));
+}
+
 // Before the first product after other instructions have written d or a.
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -107,7 +120,13 @@ __device__ __forceinline__ void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups) : "memory");
 }
 
-// After products_wait, of each d that it waited for: keeps the compiler from reading d earlier.
+// After products_wait, of each d, and each a in registers, that it waited for: keeps the compiler from reading d
+// earlier, and from writing to the registers of a meanwhile.
+template <int N>
+__device__ __forceinline__ void products_done(unsigned (&a)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
+}
 template <int N>
 __device__ __forceinline__ void products_done(float (&d)[N][4]) {
 #pragma unroll
@@ -117,6 +136,17 @@ __device__ __forceinline__ void products_done(float (&d)[N][4]) {
 #undef ROW4
 #undef ROW16
 #undef ROW32
+
+// A warpgroup gives registers back, or takes some: each thread has so many then, a multiple of 8. The kernel must have
+// __launch_bounds__(threads, blocks), and the two must be the branches of one `if`. (PTX ISA, "setmaxnreg")
+template <int count>
+__device__ __forceinline__ void keep_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+template <int count>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
 
 // 2^x, to 2 units in the last place, results below 2^-126 as zero.
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -36,6 +36,8 @@ TESTS = {
     "adamw.cu round_stochastically": "test_adamw_without",
     "adamw.cu adamw_update_without_master": "test_adamw_without",
     "attention.cu": "test_attention",
+    "attention.cuh": "test_attention",
+    "attention_hopper.cu": "test_attention and True",
     "classifier.cu": "test_classifier",
     "embedding.cu": "test_embedding_backward",
     "embedding.cu embedding_forward": "test_embedding_forward",
@@ -97,7 +99,7 @@ FAULTS = (
         ("two fragments of b swapped", "af, bf[2], bf[3]", "af, bf[3], bf[2]"),
     ),
     *_in(
-        "attention.cu add_product",
+        "attention.cuh as_factor",
         ("the left half of a for the right one", "pack_bf16(right[0], right[1])", "pack_bf16(left[0], left[1])"),
     ),
     *_in(
@@ -113,7 +115,7 @@ FAULTS = (
         ("__syncwarp missing", "    __syncwarp();\n    constexpr", "    constexpr"),
     ),
     *_in(
-        "attention.cu row_sum",
+        "attention.cuh row_sum",
         ("the sum of two lanes for that of four", "return x + __shfl_xor_sync(ALL_LANES, x, 2)", "return x"),
     ),
     *_in(
@@ -182,6 +184,60 @@ FAULTS = (
         "attention.cu attention_backward_q",
         ("no barrier at a step's end", STEP_BARRIER, ""),
         tests="test_attention and reversed",
+    ),
+    *_in(
+        "attention_hopper.cu",
+        ("a stage that is never waited for to be empty", "if (step >= STAGES) barrier_wait", "if (false) barrier_wait"),
+        ("the parity of a stage one passing off", "step / STAGES & 1);", "step / STAGES + 1 & 1);"),
+        ("only the first 16 channels of k", "factor(b + k / 4 * BOX + k % 4 * 16)", "factor(b + k / 4 * BOX)"),
+        ("the first 16 rows of b in each product", "factor(b + k * 16 * 64, BOX * 2)", "factor(b, BOX * 2)"),
+        ("the other 64 columns not beside the first", "16 * 64, BOX * 2), true)", "16 * 64, BOX), true)"),
+        ("one row too many is written", "if (first + row < T)", "if (first + row <= T)"),
+    ),
+    *_in(
+        "attention_hopper.cu attention_hopper_forward",
+        ("keys for values", "qkv, 2 * C + column", "qkv, C + column"),
+        ("fewer bytes expected than come", "2 * HEAD_BYTES", "HEAD_BYTES"),
+        ("the total not rescaled", "        total1 *= shrink1;\n", ""),
+        ("no causal mask", "if (step * ROWS == first) {", "if (false) {"),
+        ("a query does not see its own key", "if (key > query + 8)", "if (key >= query + 8)"),
+        (
+            "the scores not waited for",
+            "        products_commit();\n        products_wait<0>();\n        products_done(s.x);\n",
+            "        products_commit();\n",
+        ),
+        ("lse in base 2", "top0 * scale / LOG2E + logf(total0)", "top0 * scale + log2f(total0)"),
+        ("a stage is never left", "        ring.leave(step);\n", ""),
+    ),
+    *_in(
+        "attention_hopper.cu attention_hopper_backward_kv",
+        (
+            "dv not of the group that was waited for",
+            "            products_wait<1>();\n            products_done(p.x);",
+            "            products_done(p.x);",
+        ),
+        ("no causal mask", "if (step == group) {", "if (false) {"),
+        ("queries before all keys count", "if (step >= group) {", "if (true) {"),
+        (
+            "= for +=",
+            "add_product(dk, left_ds, q_now);",
+            "dk = Tile<HS>();\n            add_product(dk, left_ds, q_now);",
+        ),
+        ("dv scaled", "my_v, dv, 1.0f, 1.0f", "my_v, dv, scale, scale"),
+        (
+            "the stage's first statistics only",
+            "statistics[stage][tile_column(n) + i].y",
+            "statistics[0][tile_column(n) + i].y",
+        ),
+    ),
+    *_in(
+        "attention_hopper.cu attention_hopper_backward_q",
+        ("no causal mask", "if (step * ROWS == first) {", "if (false) {"),
+        ("D left out", "(ds.x[n][i] - D0)", "ds.x[n][i]"),
+        ("the first row's lse for both", "(scale * LOG2E) - lse1", "(scale * LOG2E) - lse0"),
+        ("values for keys", "add_product(dq, left_ds, k + stage", "add_product(dq, left_ds, v + stage"),
+        ("dq not scaled", "my_q, dq, scale, scale", "my_q, dq, 1.0f, 1.0f"),
+        ("the last gradient not waited for", "        products_wait<0>();\n        products_done(dq.x);\n", ""),
     ),
     *_in(
         "classifier.cu softmax_parts",

@@ -132,6 +132,9 @@ def test_every_kernel_compiles_and_spills_nothing(path, architecture):
     """No GPU is needed. Prints registers (pytest -rP); those that are spilled go through memory, slowly."""
     needs_nvrtc()
     source = read_source(path)
+    alone = re.search(r"^// target: (\w+) alone$", source.text, re.MULTILINE)
+    if alone and alone[1] != architecture:
+        pytest.skip(f"for {alone[1]} alone")
     for defines in variants(source.text):
         _, report = kernels.compile_source(source, architecture, defines)
         pattern = (

@@ -22,8 +22,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from engine.device import cublaslt, cuda, kernels, numpy
-from engine.ops.cuda import linear, scratch
+from engine.device import cublaslt, cuda, kernels, numpy, tensor_map
+from engine.ops.cuda import attention, linear, scratch
 from tests import shim
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -125,12 +125,15 @@ def on(name: str) -> Iterator[Twin]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scratch, "_buffer", None)
         patch.setattr(linear, "gelu_fusion", 0)
+        patch.setattr(attention, "for_hopper", False)
         if name != "gpu":
             shim.set_order(name)
             if "BACKHAND_KERNELS" in os.environ:  # a changed copy of the sources: see planted_faults.py
                 patch.setattr(kernels, "SOURCES", Path(os.environ["BACKHAND_KERNELS"]))
             patch.setattr(kernels, "KERNELS", kernels.Kernels(ShimModule))
             patch.setattr(cublaslt, "matmul", matmul)
+            patch.setattr(tensor_map, "encode", shim.tensor_map)
+            patch.setattr(cuda, "to_device", lambda host: host)
             patch.setattr(cuda, "zeros", lambda shape, dtype: np.zeros(shape, dtype))
             patch.setattr(cuda, "Upload", numpy.Upload)
             patch.setattr(cuda, "shared_memory_limit", lambda: 227 << 10)

@@ -10,7 +10,8 @@ line, pointers with their shape behind them,
         int N, int C) {
 
 in terms of the scalar parameters and of the -D definitions of the variant. A line `// target: sm_90a` in a source asks
-for the instructions of that architecture alone, where the GPU has them.
+for the instructions of that architecture alone, where the GPU has them; `// target: sm_90a alone` is of a source that
+compiles for no other.
 """
 
 import atexit

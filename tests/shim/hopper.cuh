@@ -50,8 +50,8 @@ struct Product {
     float* d[WARP_LANES];
     const unsigned* a[WARP_LANES];
     unsigned a_then[WARP_LANES][4];
-    unsigned long long b;
-    unsigned short b_then[16][MAX_COLUMNS];
+    unsigned long long a_shared, b;  // descriptors; that of a is 0 if it lies in registers
+    unsigned short a_shared_then[16][MAX_COLUMNS], b_then[16][MAX_COLUMNS];
     Sum* sum;
     unsigned columns, group;
     bool depth_in_rows, add;
@@ -154,26 +154,28 @@ inline void arrive(const char* name, Barrier& barrier, long long bytes) {
 
 constexpr unsigned long long SWIZZLE_128 = 1ull << 62;
 
-// b's element (depth k, column n), read as the GPU finds it from the descriptor alone. PTX ISA, "Strides" and
-// "Shared memory matrix layout": eight rows of 128 bytes lie together, `stride` from the next eight; 64 columns of
-// depth in rows lie `leading` from the next 64. The swizzle is applied to the address that comes out.
-inline void read_b(const char* name, const Product& p, unsigned short (&b)[16][MAX_COLUMNS]) {
-    const unsigned start = p.b % (1 << 14) * 16, leading = (p.b >> 16) % (1 << 14) * 16;
-    const unsigned stride = (p.b >> 32) % (1 << 14) * 16;
+// b's element (depth k, column n), read as the GPU finds it from the descriptor alone; a's rows are such columns. PTX
+// ISA, "Strides" and "Shared memory matrix layout": eight rows of 128 bytes lie together, `stride` from the next eight;
+// 64 columns of depth in rows lie `leading` from the next 64. The swizzle is applied to the address that comes out.
+inline void read_factor(
+    const char* name, unsigned long long at_, bool depth_in_rows, unsigned columns,
+    unsigned short (&b)[16][MAX_COLUMNS]) {
+    const unsigned start = at_ % (1 << 14) * 16, leading = (at_ >> 16) % (1 << 14) * 16;
+    const unsigned stride = (at_ >> 32) % (1 << 14) * 16;
     constexpr unsigned WORD = 8;  // elements in 16 bytes
-    const unsigned rows = p.depth_in_rows ? 16 : p.columns, words = p.depth_in_rows ? p.columns / WORD : 2;
+    const unsigned rows = depth_in_rows ? 16 : columns, words = depth_in_rows ? columns / WORD : 2;
     for (unsigned row = 0; row < rows; row++) {
         for (unsigned word = 0; word < words; word++) {
             unsigned at = start + row / 8 * stride + row % 8 * 128 + word / 8 * leading + word % 8 * 16;
             at ^= (at >> 7) % 8 << 4;
-            if (at + 16 > dynamic_size) fail(name, "b lies outside the dynamic shared memory");
+            if (at + 16 > dynamic_size) fail(name, "a factor lies outside the dynamic shared memory");
             for (unsigned i = 0; i < box_count; i++)
                 if (dynamic + at - boxes[i].shared < boxes[i].bytes() && dynamic + at >= boxes[i].shared)
-                    fail(name, "b is a box that no wait for its barrier has passed for");
+                    fail(name, "a factor is a box that no wait for its barrier has passed for");
             unsigned short x[WORD];
             memcpy(x, dynamic + at, sizeof x);
             for (unsigned i = 0; i < WORD; i++) {
-                if (p.depth_in_rows)
+                if (depth_in_rows)
                     b[row][word * WORD + i] = x[i];
                 else
                     b[word * WORD + i][row] = x[i];
@@ -190,13 +192,15 @@ inline unsigned column_of(unsigned lane, unsigned i) { return lane % 4 * 2 + i %
 inline void start(WarpProducts& warp) {
     const char* name = "product_64x16";
     Product& p = warp.queue[warp.started++ % MAX_PRODUCTS];
-    if (p.b >> 62 != SWIZZLE_128 >> 62) fail(name, "b is no descriptor with a swizzle of 128 bytes: not from factor");
+    if (p.b >> 62 != SWIZZLE_128 >> 62 || (p.a_shared && p.a_shared >> 62 != SWIZZLE_128 >> 62))
+        fail(name, "a factor is no descriptor with a swizzle of 128 bytes: not from factor");
     const unsigned start = p.b % (1 << 14) * 16;
     // Otherwise the descriptor needs a base offset, which factor does not give.
     if (start / 128 % 8) fail(name, "b begins at a row that is no multiple of eight");
     if (start % 128 % (p.depth_in_rows ? 128 : 32)) fail(name, "b begins amid a row's 16 columns of depth, or its 64");
     if (p.depth_in_rows && p.columns > 64 && !((p.b >> 16) % (1 << 14))) fail(name, "factor was not told `aside`");
-    read_b(name, p, p.b_then);
+    read_factor(name, p.b, p.depth_in_rows, p.columns, p.b_then);
+    if (p.a_shared) read_factor(name, p.a_shared, false, 16, p.a_shared_then);
     p.sum = nullptr;
     for (Sum& sum : warp.sums)
         if (sum.under_way && sum.d[0] == p.d[0]) p.sum = &sum;
@@ -235,20 +239,28 @@ __attribute__((noinline)) void multiply(float (&sum)[16][MAX_COLUMNS], const flo
 // By the first lane that goes on after all have come to the wait.
 inline void finish(WarpProducts& warp) {
     const char* name = "products_wait";
-    static unsigned short b_now[16][MAX_COLUMNS];
+    static unsigned short now[16][MAX_COLUMNS];
     const Product& p = warp.queue[warp.finished++ % MAX_PRODUCTS];
     float a[16][16];
     for (unsigned l = 0; l < WARP_LANES; l++) {
-        if (memcmp(p.a_then[l], p.a[l], sizeof p.a_then[l]))
+        if (!p.a_shared && memcmp(p.a_then[l], p.a[l], sizeof p.a_then[l]))
             fail(name, "a was written, or left its scope, while a product was under way");
         for (unsigned i = 0; i < p.columns / 2; i++)
             if (bits<unsigned>(p.d[l][i]) != 0xffffffff) fail(name, "d was written while a product was under way");
         for (unsigned i = 0; i < 8; i++)
             a[l / 4 + i / 2 % 2 * 8][l % 4 * 2 + i % 2 + i / 4 * 8] = of_pair(p.a_then[l][i / 2], i % 2);
     }
-    read_b(name, p, b_now);
+    if (p.a_shared) {
+        read_factor(name, p.a_shared, false, 16, now);
+        for (unsigned k = 0; k < 16; k++) {
+            if (memcmp(now[k], p.a_shared_then[k], 16 * sizeof now[k][0]))
+                fail(name, "a was written while a product was under way");
+            for (unsigned m = 0; m < 16; m++) a[m][k] = bits<float>(static_cast<unsigned>(now[k][m]) << 16);
+        }
+    }
+    read_factor(name, p.b, p.depth_in_rows, p.columns, now);
     for (unsigned k = 0; k < 16; k++)
-        if (memcmp(b_now[k], p.b_then[k], p.columns * sizeof b_now[k][0]))
+        if (memcmp(now[k], p.b_then[k], p.columns * sizeof now[k][0]))
             fail(name, "b was written while a product was under way");
     if (p.columns == 64)
         multiply<64>(p.sum->rows, a, p);
@@ -345,24 +357,42 @@ __device__ __forceinline__ unsigned long long factor(const void* shared, int asi
     return shim::SWIZZLE_128 | EIGHT_ROWS << 32 | beside << 16 | start;
 }
 
+namespace shim {
+
+// a: a lane's four registers, or null where the warpgroup's a lies in shared memory.
 template <bool DEPTH_IN_ROWS, int N>
-__device__ __forceinline__ void product_64x16(
-    float (&d)[N][4], const unsigned (&a)[4], unsigned long long b, bool add) {
+void issue(float (&d)[N][4], const unsigned* a, unsigned long long a_shared, unsigned long long b, bool add) {
     static_assert(N == 8 || N == 16, "64 or 128 columns");
     const char* name = "product_64x16";
-    using namespace shim;
     LaneProducts& mine = lane_of_warpgroup(name);
-    WarpProducts& warp = products[index() / WARP_LANES];
+    const unsigned number = index() / WARP_LANES;
+    WarpProducts& warp = products[number];
     if (!mine.begun) fail(name, "no products_begin before a group's first product");
     if (mine.issued - warp.finished >= MAX_PRODUCTS) fail(name, "too many products under way");
     Product& p = warp.queue[mine.issued++ % MAX_PRODUCTS];
     p.b = b, p.add = add, p.depth_in_rows = DEPTH_IN_ROWS, p.columns = 8 * N, p.group = mine.groups;
+    p.a_shared = a_shared ? a_shared + number % 4 * 2 * ((a_shared >> 32) % (1 << 14)) : 0;  // the warp's 16 rows
     p.d[lane()] = &d[0][0], p.a[lane()] = a;
-    memcpy(p.a_then[lane()], a, sizeof a);
-    const unsigned same[] = {static_cast<unsigned>(b), static_cast<unsigned>(b >> 32), add, DEPTH_IN_ROWS, N};
+    if (a) memcpy(p.a_then[lane()], a, sizeof p.a_then[0]);
+    const unsigned same[] = {static_cast<unsigned>(b),           static_cast<unsigned>(b >> 32),
+                             static_cast<unsigned>(a_shared),    static_cast<unsigned>(a_shared >> 32),
+                             unsigned(add) << 1 | DEPTH_IN_ROWS, N};
     const Slot* lanes = meet(name, 0xffffffffu, same, sizeof same);
     if (memcmp(&lanes[0], same, sizeof same)) fail(name, "the lanes of a warp ask for different products");
     if (warp.started != mine.issued) start(warp);
+}
+
+}  // namespace shim
+
+template <bool DEPTH_IN_ROWS, int N>
+__device__ __forceinline__ void product_64x16(
+    float (&d)[N][4], const unsigned (&a)[4], unsigned long long b, bool add) {
+    shim::issue<DEPTH_IN_ROWS>(d, a, 0, b, add);
+}
+
+template <bool DEPTH_IN_ROWS, int N>
+__device__ __forceinline__ void product_64x16(float (&d)[N][4], unsigned long long a, unsigned long long b, bool add) {
+    shim::issue<DEPTH_IN_ROWS>(d, nullptr, a, b, add);
 }
 
 __device__ __forceinline__ void products_begin() {
@@ -388,11 +418,19 @@ __device__ __forceinline__ void products_wait() {
 }
 
 template <int N>
+__device__ __forceinline__ void products_done(unsigned (&)[N][4]) {}
+
+template <int N>
 __device__ __forceinline__ void products_done(float (&d)[N][4]) {
     const unsigned l = shim::lane();
     for (const shim::Sum& sum : shim::products[shim::index() / shim::WARP_LANES].sums)
         if (sum.under_way && sum.d[l] == &d[0][0]) shim::fail("products_done", "products for d are under way");
 }
+
+template <int count>
+__device__ __forceinline__ void keep_registers() {}
+template <int count>
+__device__ __forceinline__ void take_registers() {}
 
 __device__ __forceinline__ float exp2_fast(float x) {
     constexpr float SMALLEST = 0x1p-126f;

@@ -70,10 +70,11 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
     """Compiles and loads every kernel of a run, so that no mistake in one, nor an edit, shows in the middle of it; and
     takes the scratch memory. GELU is fused from Hopper on: before, cublasLt does it in a pass of its own, slowly.
     """
-    grads = kernels.grad_variant(grad_dtype)
+    grads, HS = kernels.grad_variant(grad_dtype), dims["C"] // dims["NH"]
+    attention.for_hopper = cuda.compute_capability() == 90
     for source, *variants in (
         ("adamw", grads),
-        ("attention", {"HS": dims["C"] // dims["NH"]}),
+        ("attention", {"HS": HS}),
         ("classifier", {}, classifier.holds_row(dims["Vp"])),
         ("embedding", {}, grads),
         ("gelu", {}),
@@ -86,6 +87,8 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
     ):
         for defines in variants:
             kernels.KERNELS.load(source, defines)
+    if attention.on_hopper(HS):
+        kernels.KERNELS.load("attention_hopper", {"HS": HS})
     scratch.reserve(_most_scratch(dims))
     fastest = 2 if cuda.compute_capability() >= 90 else 0
     linear.gelu_fusion = fastest if gelu_fusion == -1 else gelu_fusion

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.device import kernels
+from engine.device import kernels, tensor_map
 from engine.ops.cuda.scratch import blocks, scratch
 
 Array = Any
@@ -14,10 +14,21 @@ HEAD_SIZES = (16, 32, 64, 80, 96, 128)
 ROWS = 64  # of a block, as in kernels_cu/attention.cu
 THREADS = 128
 
+# Whether Hopper's kernels are taken where there are some: kernels_cu/attention_hopper.cu.
+for_hopper = False
+GROUPS = {  # of 64 rows and 128 threads, in a block: by head size, as in that file
+    64: {"forward": 2, "backward_kv": 1, "backward_q": 1},
+    128: {"forward": 2, "backward_kv": 2, "backward_q": 2},
+}
+STAGES = 3
+
 
 def forward(out: Array, lse: Array, qkv: Array) -> None:
     (B, NH, T), HS = lse.shape, out.shape[-1] // lse.shape[1]
-    _launch("attention_forward", B, NH, T, HS, out, lse, qkv)
+    if on_hopper(HS):
+        _launch_hopper("forward", B, NH, T, HS, out, lse, tensor_map.rows(qkv, B, T, 3 * NH * HS))
+    else:
+        _launch("forward", B, NH, T, HS, out, lse, qkv)
 
 
 def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array) -> None:
@@ -31,22 +42,27 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array) -> No
         *(D, dout, out, B, T, NH),
         defines={"HS": HS},
     )
-    _launch("attention_backward_kv", B, NH, T, HS, dqkv, dout, qkv, lse, D)
-    _launch("attention_backward_q", B, NH, T, HS, dqkv, dout, qkv, lse, D)
+    if on_hopper(HS):
+        inputs = tensor_map.rows(dout, B, T, NH * HS), tensor_map.rows(qkv, B, T, 3 * NH * HS), lse, D
+        _launch_hopper("backward_kv", B, NH, T, HS, dqkv, *inputs)
+        _launch_hopper("backward_q", B, NH, T, HS, dqkv, *inputs)
+    else:
+        _launch("backward_kv", B, NH, T, HS, dqkv, dout, qkv, lse, D)
+        _launch("backward_q", B, NH, T, HS, dqkv, dout, qkv, lse, D)
 
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:
     return dims["B"] * dims["NH"] * dims["T"] * 4
 
 
+def on_hopper(HS: int) -> bool:
+    return for_hopper and HS in GROUPS
+
+
 def shared_bytes(HS: int) -> dict[str, int]:
     """What a block of each kernel takes for its rows of q, k, v and dout, two steps' of those that it goes through."""
     query_step = 32 if HS > 64 else 64
-    rows = {
-        "attention_forward": 5 * ROWS,
-        "attention_backward_kv": 2 * ROWS + 4 * query_step,
-        "attention_backward_q": 6 * ROWS,
-    }
+    rows = {"forward": 5 * ROWS, "backward_kv": 2 * ROWS + 4 * query_step, "backward_q": 6 * ROWS}
     return {name: count * (HS + 8) * 2 for name, count in rows.items()}
 
 
@@ -54,10 +70,25 @@ def _launch(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) -> None
     """A kernel with a block for each ROWS rows of a head."""
     kernels.launch(
         "attention",
-        name,
+        f"attention_{name}",
         (blocks(T, ROWS), NH, B),
         (THREADS,),
         *(*arrays, B, T, NH),
         shared_bytes=shared_bytes(HS)[name],
+        defines={"HS": HS},
+    )
+
+
+def _launch_hopper(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) -> None:
+    """A kernel with warpgroups for 64 rows of a head each, one to fill the stages, and two arrays' rows in each."""
+    groups = GROUPS[HS][name]
+    own = groups if name == "forward" else 2 * groups
+    kernels.launch(
+        "attention_hopper",
+        f"attention_hopper_{name}",
+        (blocks(T, 64 * groups), NH, B),
+        (128 * (groups + 1),),
+        *(*arrays, B, T, NH),
+        shared_bytes=(own + 2 * STAGES) * 64 * HS * 2,
         defines={"HS": HS},
     )

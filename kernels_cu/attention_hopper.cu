@@ -1,0 +1,472 @@
+// attention.cu for Hopper: the same mathematics and the same two kernels backward, with the products of a warpgroup and
+// with the tensor memory accelerator (after FlashAttention-3, Shah et al. 2024, arXiv 2407.08608).
+//
+// A block has some warpgroups of 64 rows each, and one more, of which one warp keeps a ring of stages in shared memory
+// filled with what the others go through; they share it, each at its own pace. All that a product makes stays in
+// registers: of a product's result, rounded to bf16, the next product's left factor is made in place.
+//
+// target: sm_90a alone
+// variants: HS = 64, 128
+#include <attention.cuh>
+#include <hopper.cuh>
+
+// Of each kernel: warpgroups of a block, but the one that fills the stages; blocks that a multiprocessor has room for
+// at a time; registers of each of those warpgroups' threads.
+#if HS == 64
+constexpr int FORWARD_GROUPS = 2, FORWARD_BLOCKS = 2, FORWARD_REGISTERS = 104;
+constexpr int KV_GROUPS = 1, KV_BLOCKS = 2, KV_REGISTERS = 224;
+constexpr int Q_GROUPS = 1, Q_BLOCKS = 3, Q_REGISTERS = 128;
+#else
+constexpr int FORWARD_GROUPS = 2, FORWARD_BLOCKS = 1, FORWARD_REGISTERS = 232;
+constexpr int KV_GROUPS = 2, KV_BLOCKS = 1, KV_REGISTERS = 232;
+constexpr int Q_GROUPS = 2, Q_BLOCKS = 1, Q_REGISTERS = 232;
+#endif
+constexpr int STAGES = 3;
+
+constexpr int GROUP = 128;       // threads
+constexpr int ROWS = 64;         // of a warpgroup, of a box, and of a stage
+constexpr int BOX = ROWS * 64;   // elements: it has 64 columns
+constexpr int HEAD = ROWS * HS;  // elements of 64 rows of a head: boxes, side by side
+constexpr int HEAD_BYTES = HEAD * 2;
+
+constexpr int FORWARD_THREADS = (FORWARD_GROUPS + 1) * GROUP, KV_THREADS = (KV_GROUPS + 1) * GROUP,
+              Q_THREADS = (Q_GROUPS + 1) * GROUP;
+
+// Of the warpgroup that fills the stages. What it gives back is all that the others can take: more, and they wait for
+// ever.
+constexpr int KEPT_REGISTERS = 32;
+__device__ constexpr bool are_there(int groups, int blocks, int registers) {
+    return groups * registers + KEPT_REGISTERS <= 65536 / (blocks * (groups + 1) * GROUP) / 8 * 8 * (groups + 1);
+}
+static_assert(are_there(FORWARD_GROUPS, FORWARD_BLOCKS, FORWARD_REGISTERS), "forward");
+static_assert(are_there(KV_GROUPS, KV_BLOCKS, KV_REGISTERS), "backward_kv");
+static_assert(are_there(Q_GROUPS, Q_BLOCKS, Q_REGISTERS), "backward_q");
+
+// One thread: 64 rows of a head, zeros for rows from T on, whose bytes arrive at the barrier.
+__device__ __forceinline__ void load_rows(
+    bf16* rows, const unsigned long long* map, int column, int first, Barrier& barrier) {
+#pragma unroll
+    for (int i = 0; i < HS; i += 64) copy_box(rows + i * ROWS, map, column + i, first, blockIdx.z, barrier);
+}
+
+// Where 8 columns of a row are, in 64 rows of a head.
+__device__ __forceinline__ int place(int row, int column) {
+    return column / 64 * BOX + row * 64 + (column % 64 / 8 ^ row % 8) * 8;
+}
+
+// tile = a b^T: each 64 rows in shared memory. Under way until products_wait, as what follows. (a would be in registers
+// for good, but ptxas 13.0 then gives them away in the middle of a loop: seen in the machine code, and in the
+// gradients.)
+__device__ __forceinline__ void multiply_transposed(Tile<ROWS>& tile, const bf16* a, const bf16* b) {
+#pragma unroll
+    for (int k = 0; k < HS / 16; k++)
+        product_64x16<false>(tile.x, factor(a + k / 4 * BOX + k % 4 * 16), factor(b + k / 4 * BOX + k % 4 * 16), k > 0);
+}
+
+// tile += a b: b 64 rows in shared memory.
+__device__ __forceinline__ void add_product(Tile<HS>& tile, const unsigned (&a)[ROWS / 16][4], const bf16* b) {
+#pragma unroll
+    for (int k = 0; k < ROWS / 16; k++) product_64x16<true>(tile.x, a[k], factor(b + k * 16 * 64, BOX * 2), true);
+}
+
+// A warp's tile * scale to its 16 of the 64 rows from `first` on, by way of its own rows of shared memory.
+__device__ __forceinline__ void store_tile(
+    bf16* head, size_t pitch, int first, int T, bf16* rows, const Tile<HS>& tile, float scale0, float scale1) {
+    const int lane = threadIdx.x % WARP, mine = threadIdx.x / WARP % 4 * 16;
+    __syncwarp();  // the other lanes may still read what lay there
+#pragma unroll
+    for (int n = 0; n < HS / 8; n++) {
+        const int row = mine + tile_row(), column = 2 * (lane % 4);
+        *reinterpret_cast<unsigned*>(rows + place(row, 8 * n) + column) =
+            pack_bf16(tile.x[n][0] * scale0, tile.x[n][1] * scale0);
+        *reinterpret_cast<unsigned*>(rows + place(row + 8, 8 * n) + column) =
+            pack_bf16(tile.x[n][2] * scale1, tile.x[n][3] * scale1);
+    }
+    __syncwarp();
+    constexpr int PACKS = HS / PACK;
+#pragma unroll
+    for (int i = lane; i < 16 * PACKS; i += WARP) {
+        const int row = mine + i / PACKS, column = i % PACKS * PACK;
+        if (first + row < T)
+            *reinterpret_cast<uint4*>(head + (first + row) * pitch + column) =
+                *reinterpret_cast<const uint4*>(rows + place(row, column));
+    }
+}
+
+// The ring of stages. The filling warp waits until a stage is empty, the others until it is full.
+struct Ring {
+    Barrier full[STAGES], empty[STAGES];
+
+    __device__ __forceinline__ void make(int groups) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_make(full[i], 1);
+            barrier_make(empty[i], groups * GROUP / WARP);
+        }
+    }
+    __device__ __forceinline__ void wait_empty(int step) {
+        if (step >= STAGES) barrier_wait(empty[step % STAGES], step / STAGES - 1 & 1);
+    }
+    __device__ __forceinline__ void wait_full(int step) { barrier_wait(full[step % STAGES], step / STAGES & 1); }
+    // A warp is through with a stage.
+    __device__ __forceinline__ void leave(int step) {
+        __syncwarp();
+        if (threadIdx.x % WARP == 0) barrier_arrive(empty[step % STAGES]);
+    }
+};
+
+// A block takes 64 queries a warpgroup of a head: blocks (ceil(T / rows), NH, B), those with the most keys first.
+extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) attention_hopper_forward(
+    bf16* __restrict__ out,                      // (B,T,NH,HS)
+    float* __restrict__ lse,                     // (B,NH,T)
+    const unsigned long long* __restrict__ qkv,  // (16)
+    int B, int T, int NH) {
+    DYNAMIC_SHARED(bf16, shared);
+    bf16* const q = shared;
+    bf16* const k = q + FORWARD_GROUPS * HEAD;  // the stages' keys,
+    bf16* const v = k + STAGES * HEAD;          // and values
+    __shared__ Ring ring;
+    __shared__ Barrier queries;
+
+    const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
+    const int block = (gridDim.x - 1 - blockIdx.x) * FORWARD_GROUPS * ROWS;  // its first query
+    const int end = min(block + FORWARD_GROUPS * ROWS, T);
+    if (threadIdx.x == 0) {
+        ring.make(FORWARD_GROUPS);
+        barrier_make(queries, 1);
+        barriers_made();
+    }
+    __syncthreads();
+
+    if (group == FORWARD_GROUPS) {
+        keep_registers<KEPT_REGISTERS>();
+        if (threadIdx.x % GROUP) return;
+        barrier_arrive_expecting(queries, FORWARD_GROUPS * HEAD_BYTES);
+        for (int i = 0; i < FORWARD_GROUPS; i++) load_rows(q + i * HEAD, qkv, column, block + i * ROWS, queries);
+        for (int step = 0; step * ROWS < end; step++) {
+            const int stage = step % STAGES;
+            ring.wait_empty(step);
+            barrier_arrive_expecting(ring.full[stage], 2 * HEAD_BYTES);
+            load_rows(k + stage * HEAD, qkv, C + column, step * ROWS, ring.full[stage]);
+            load_rows(v + stage * HEAD, qkv, 2 * C + column, step * ROWS, ring.full[stage]);
+        }
+        return;
+    }
+    take_registers<FORWARD_REGISTERS>();
+
+    const int first = block + group * ROWS;  // the warpgroup's first query
+    bf16* const mine = q + group * HEAD;
+    barrier_wait(queries, 0);
+    const float scale = LOG2E * rsqrtf(static_cast<float>(HS));  // of scores, whose exponentials have base 2
+    Tile<HS> o;
+    float top0 = -INF, top1 = -INF, total0 = 0.0f, total1 = 0.0f;
+    // A warpgroup beyond the last query has steps too: the loads do not wait for it in those that follow.
+    for (int step = 0; step * ROWS <= first && step * ROWS < end; step++) {
+        const int stage = step % STAGES;
+        Tile<ROWS> s;
+        ring.wait_full(step);
+        products_begin();
+        multiply_transposed(s, mine, k + stage * HEAD);
+        products_commit();
+        products_wait<0>();
+        products_done(s.x);
+
+        if (step * ROWS == first) {
+#pragma unroll
+            for (int n = 0; n < ROWS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int key = tile_column(n) + i, query = threadIdx.x / WARP % 4 * 16 + tile_row();
+                    if (key > query) s.x[n][i] = -INF;
+                    if (key > query + 8) s.x[n][i + 2] = -INF;
+                }
+        }
+        float higher0 = top0, higher1 = top1;
+#pragma unroll
+        for (int n = 0; n < ROWS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                higher0 = fmaxf(higher0, s.x[n][i]);
+                higher1 = fmaxf(higher1, s.x[n][i + 2]);
+            }
+        higher0 = row_max(higher0);  // finite: every query sees key 0, which is in the first step
+        higher1 = row_max(higher1);
+        const float shrink0 = exp2_fast((top0 - higher0) * scale), shrink1 = exp2_fast((top1 - higher1) * scale);
+        top0 = higher0;
+        top1 = higher1;
+        total0 *= shrink0;
+        total1 *= shrink1;
+        const float offset0 = top0 * scale, offset1 = top1 * scale;
+#pragma unroll
+        for (int n = 0; n < ROWS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                total0 += s.x[n][i] = exp2_fast(s.x[n][i] * scale - offset0);
+                total1 += s.x[n][i + 2] = exp2_fast(s.x[n][i + 2] * scale - offset1);
+            }
+#pragma unroll
+        for (int n = 0; n < HS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                o.x[n][i] *= shrink0;
+                o.x[n][i + 2] *= shrink1;
+            }
+        unsigned p[ROWS / 16][4];
+#pragma unroll
+        for (int i = 0; i < ROWS / 16; i++) as_factor(p[i], s, i);
+        products_begin();
+        add_product(o, p, v + stage * HEAD);
+        products_commit();
+        products_wait<0>();
+        products_done(o.x);
+        products_done(p);
+        ring.leave(step);
+    }
+    total0 = row_sum(total0);
+    total1 = row_sum(total1);
+    store_tile(
+        out + static_cast<size_t>(blockIdx.z) * T * C + column, C, first, T, mine, o, 1.0f / total0, 1.0f / total1);
+    if (threadIdx.x % 4 == 0) {
+        float* const statistics = lse + (static_cast<size_t>(blockIdx.z) * NH + blockIdx.y) * T;
+        const int row = first + threadIdx.x / WARP % 4 * 16 + tile_row();
+        if (row < T) statistics[row] = top0 * scale / LOG2E + logf(total0);
+        if (row + 8 < T) statistics[row + 8] = top1 * scale / LOG2E + logf(total1);
+    }
+}
+
+// The gradients of 64 keys and values a warpgroup of a head: blocks (ceil(T / rows), NH, B), those with the most
+// queries first. Scores are transposed here: rows are keys, columns queries.
+extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_hopper_backward_kv(
+    bf16* __restrict__ dqkv,                      // (B,T,3,NH,HS)
+    const unsigned long long* __restrict__ dout,  // (16)
+    const unsigned long long* __restrict__ qkv,   // (16)
+    const float* __restrict__ lse,                // (B,NH,T)
+    const float* __restrict__ D,                  // (B,NH,T)
+    int B, int T, int NH) {
+    DYNAMIC_SHARED(bf16, shared);
+    bf16* const k = shared;
+    bf16* const v = k + KV_GROUPS * HEAD;
+    bf16* const q = v + KV_GROUPS * HEAD;  // the stages' queries,
+    bf16* const dy = q + STAGES * HEAD;    // and the gradients of their outputs
+    __shared__ Ring ring;
+    __shared__ Barrier keys;
+    __shared__ float2 statistics[STAGES][ROWS];  // lse, in base 2, and D of the stages' queries
+
+    const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
+    const int block = blockIdx.x * KV_GROUPS * ROWS;  // its first key
+    const size_t head = (static_cast<size_t>(blockIdx.z) * NH + blockIdx.y) * T;
+    if (threadIdx.x == 0) {
+        ring.make(KV_GROUPS);
+        barrier_make(keys, 1);
+        barriers_made();
+    }
+    __syncthreads();
+
+    if (group == KV_GROUPS) {
+        keep_registers<KEPT_REGISTERS>();
+        const int lane = threadIdx.x % GROUP;
+        if (lane >= WARP) return;
+        if (lane == 0) {
+            barrier_arrive_expecting(keys, 2 * KV_GROUPS * HEAD_BYTES);
+            for (int i = 0; i < KV_GROUPS; i++) {
+                load_rows(k + i * HEAD, qkv, C + column, block + i * ROWS, keys);
+                load_rows(v + i * HEAD, qkv, 2 * C + column, block + i * ROWS, keys);
+            }
+        }
+        for (int step = 0; block + step * ROWS < T; step++) {
+            const int stage = step % STAGES, start = block + step * ROWS;
+            ring.wait_empty(step);
+            for (int i = lane; i < ROWS; i += WARP) {
+                const size_t at = head + start + i;
+                // P is 1 beyond the last query, and the rows of dout that it is multiplied by are zero.
+                statistics[stage][i] = start + i < T ? make_float2(lse[at] * LOG2E, D[at]) : make_float2(0.0f, 0.0f);
+            }
+            __syncwarp();
+            if (lane == 0) {
+                barrier_arrive_expecting(ring.full[stage], 2 * HEAD_BYTES);
+                load_rows(q + stage * HEAD, qkv, column, start, ring.full[stage]);
+                load_rows(dy + stage * HEAD, dout, column, start, ring.full[stage]);
+            }
+        }
+        return;
+    }
+    take_registers<KV_REGISTERS>();
+
+    const int first = block + group * ROWS;  // the warpgroup's first key
+    bf16 *const my_k = k + group * HEAD, *const my_v = v + group * HEAD;
+    barrier_wait(keys, 0);
+    const float scale = rsqrtf(static_cast<float>(HS));
+    Tile<HS> dk, dv;
+    for (int step = 0; block + step * ROWS < T; step++) {
+        const int stage = step % STAGES;
+        const bf16 *const q_now = q + stage * HEAD, *const dy_now = dy + stage * HEAD;
+        ring.wait_full(step);
+        if (step >= group) {  // else the queries come before all keys
+            Tile<ROWS> p, ds;
+            products_begin();
+            multiply_transposed(p, my_k, q_now);
+            products_commit();
+            products_begin();
+            multiply_transposed(ds, my_v, dy_now);
+            products_commit();
+            products_wait<1>();
+            products_done(p.x);
+#pragma unroll
+            for (int n = 0; n < ROWS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float query_lse = statistics[stage][tile_column(n) + i].x;
+                    p.x[n][i] = exp2_fast(p.x[n][i] * (scale * LOG2E) - query_lse);
+                    p.x[n][i + 2] = exp2_fast(p.x[n][i + 2] * (scale * LOG2E) - query_lse);
+                }
+            if (step == group) {
+#pragma unroll
+                for (int n = 0; n < ROWS / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const int query = tile_column(n) + i, key = threadIdx.x / WARP % 4 * 16 + tile_row();
+                        if (key > query) p.x[n][i] = 0.0f;
+                        if (key + 8 > query) p.x[n][i + 2] = 0.0f;
+                    }
+            }
+            unsigned left_p[ROWS / 16][4];
+#pragma unroll
+            for (int i = 0; i < ROWS / 16; i++) as_factor(left_p[i], p, i);
+            products_begin();
+            add_product(dv, left_p, dy_now);
+            products_commit();
+            products_wait<1>();
+            products_done(ds.x);
+#pragma unroll
+            for (int n = 0; n < ROWS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float query_D = statistics[stage][tile_column(n) + i].y;
+                    ds.x[n][i] = p.x[n][i] * (ds.x[n][i] - query_D);
+                    ds.x[n][i + 2] = p.x[n][i + 2] * (ds.x[n][i + 2] - query_D);
+                }
+            unsigned left_ds[ROWS / 16][4];
+#pragma unroll
+            for (int i = 0; i < ROWS / 16; i++) as_factor(left_ds[i], ds, i);
+            products_begin();
+            add_product(dk, left_ds, q_now);
+            products_commit();
+            products_wait<0>();
+            products_done(dv.x);
+            products_done(left_p);
+            products_done(dk.x);
+            products_done(left_ds);
+        }
+        ring.leave(step);
+    }
+    const size_t pitch = 3 * static_cast<size_t>(C);
+    bf16* const dhead = dqkv + blockIdx.z * T * pitch + column;
+    store_tile(dhead + C, pitch, first, T, my_k, dk, scale, scale);
+    store_tile(dhead + 2 * C, pitch, first, T, my_v, dv, 1.0f, 1.0f);
+}
+
+// The gradients of 64 queries a warpgroup of a head: blocks (ceil(T / rows), NH, B), those with the most keys first.
+extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopper_backward_q(
+    bf16* __restrict__ dqkv,                      // (B,T,3,NH,HS)
+    const unsigned long long* __restrict__ dout,  // (16)
+    const unsigned long long* __restrict__ qkv,   // (16)
+    const float* __restrict__ lse,                // (B,NH,T)
+    const float* __restrict__ D,                  // (B,NH,T)
+    int B, int T, int NH) {
+    DYNAMIC_SHARED(bf16, shared);
+    bf16* const q = shared;
+    bf16* const dy = q + Q_GROUPS * HEAD;
+    bf16* const k = dy + Q_GROUPS * HEAD;  // the stages' keys,
+    bf16* const v = k + STAGES * HEAD;     // and values
+    __shared__ Ring ring;
+    __shared__ Barrier queries;
+
+    const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
+    const int block = (gridDim.x - 1 - blockIdx.x) * Q_GROUPS * ROWS;  // its first query
+    const int end = min(block + Q_GROUPS * ROWS, T);
+    if (threadIdx.x == 0) {
+        ring.make(Q_GROUPS);
+        barrier_make(queries, 1);
+        barriers_made();
+    }
+    __syncthreads();
+
+    if (group == Q_GROUPS) {
+        keep_registers<KEPT_REGISTERS>();
+        if (threadIdx.x % GROUP) return;
+        barrier_arrive_expecting(queries, 2 * Q_GROUPS * HEAD_BYTES);
+        for (int i = 0; i < Q_GROUPS; i++) {
+            load_rows(q + i * HEAD, qkv, column, block + i * ROWS, queries);
+            load_rows(dy + i * HEAD, dout, column, block + i * ROWS, queries);
+        }
+        for (int step = 0; step * ROWS < end; step++) {
+            const int stage = step % STAGES;
+            ring.wait_empty(step);
+            barrier_arrive_expecting(ring.full[stage], 2 * HEAD_BYTES);
+            load_rows(k + stage * HEAD, qkv, C + column, step * ROWS, ring.full[stage]);
+            load_rows(v + stage * HEAD, qkv, 2 * C + column, step * ROWS, ring.full[stage]);
+        }
+        return;
+    }
+    take_registers<Q_REGISTERS>();
+
+    const int first = block + group * ROWS;  // the warpgroup's first query
+    bf16 *const my_q = q + group * HEAD, *const my_dy = dy + group * HEAD;
+    const size_t head = (static_cast<size_t>(blockIdx.z) * NH + blockIdx.y) * T;
+    const int row0 = first + threadIdx.x / WARP % 4 * 16 + tile_row(), row1 = row0 + 8;
+    const float lse0 = row0 < T ? lse[head + row0] * LOG2E : INF, D0 = row0 < T ? D[head + row0] : 0.0f;
+    const float lse1 = row1 < T ? lse[head + row1] * LOG2E : INF, D1 = row1 < T ? D[head + row1] : 0.0f;
+    barrier_wait(queries, 0);
+    const float scale = rsqrtf(static_cast<float>(HS));
+    Tile<HS> dq;
+    for (int step = 0; step * ROWS <= first && step * ROWS < end; step++) {
+        const int stage = step % STAGES;
+        Tile<ROWS> p, ds;
+        ring.wait_full(step);
+        products_begin();
+        multiply_transposed(p, my_q, k + stage * HEAD);
+        products_commit();
+        products_begin();
+        multiply_transposed(ds, my_dy, v + stage * HEAD);
+        products_commit();
+        products_wait<1>();
+        products_done(p.x);
+#pragma unroll
+        for (int n = 0; n < ROWS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                p.x[n][i] = exp2_fast(p.x[n][i] * (scale * LOG2E) - lse0);
+                p.x[n][i + 2] = exp2_fast(p.x[n][i + 2] * (scale * LOG2E) - lse1);
+            }
+        if (step * ROWS == first) {
+#pragma unroll
+            for (int n = 0; n < ROWS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int key = step * ROWS + tile_column(n) + i;
+                    if (key > row0) p.x[n][i] = 0.0f;
+                    if (key > row1) p.x[n][i + 2] = 0.0f;
+                }
+        }
+        products_wait<0>();
+        products_done(ds.x);
+        unsigned left_ds[ROWS / 16][4];
+#pragma unroll
+        for (int n = 0; n < ROWS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                ds.x[n][i] = p.x[n][i] * (ds.x[n][i] - D0);
+                ds.x[n][i + 2] = p.x[n][i + 2] * (ds.x[n][i + 2] - D1);
+            }
+#pragma unroll
+        for (int i = 0; i < ROWS / 16; i++) as_factor(left_ds[i], ds, i);
+        products_begin();
+        add_product(dq, left_ds, k + stage * HEAD);
+        products_commit();
+        products_wait<0>();
+        products_done(dq.x);
+        products_done(left_ds);
+        ring.leave(step);
+    }
+    const size_t pitch = 3 * static_cast<size_t>(C);
+    store_tile(dqkv + blockIdx.z * T * pitch + column, pitch, first, T, my_q, dq, scale, scale);
+}
