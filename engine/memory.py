@@ -26,8 +26,9 @@ def memory_by_class(
     one, two = (_bytes_of_tables(run, replace(config, L=L), dev, world) for L in (1, 2))
     tables = {name: one[name] + (config.L - 1) * (two[name] - one[name]) for name in one}
     tables["gradients"] += _gradients_by_turns(run, replace(config, L=min(config.L, 2)), dev, world)
-    if world > 1:  # what other ranks have for this one
-        tables["gradients"] += run.lanes_per_rank(world) * largest_bucket(_gradient_tensors(run, config, dev), world)
+    if run.reduce == "owner" and run.lanes_per_rank(world) * world > 1:  # what lanes and ranks have for this one
+        shares = run.lanes or world
+        tables["gradients"] += run.lanes_per_rank(world) * largest_bucket(_gradient_tensors(run, config, dev), shares)
     scratch = operations.scratch_bytes(config.dims() | {"B": run.B, "T": run.T})
     return tables | {"scratch": scratch, "overhead": dev.OVERHEAD_BYTES}
 

@@ -80,7 +80,7 @@ class AdamW:
 
     def _update(self, loss: Any) -> None:
         run, ops = self._run, self._ops
-        self._zero.norm_squared(self._norm_squared, ops)
+        self._zero.norm_squared(self._norm_squared)
         ops.guard.decide(
             self.decision,
             self._windows["loss_window"],

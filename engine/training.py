@@ -166,7 +166,7 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         lanes=run.lanes_per_rank(comm.world),
         shares=run.lanes or comm.world,
     )
-    zero = Zero(comm, model.params, model.lanes, run.zero_stage, dev)
+    zero = Zero(*(comm, model.params, model.lanes, run.zero_stage, operations, dev), by_library=run.reduce == "nccl")
     optimizer = AdamW(model.params, gpt2.decayed(config), zero, run, operations, dev)
     if saved:
         optimizer.set_parameters(saved.tensors(gpt2.MODEL_FILE))

@@ -236,7 +236,7 @@ def test_parameters_are_the_masters_rounded(twin):
     operations, dev = ops.load("cuda"), device.load("cuda")
     config, B, T = SIZES["small"]
     model = on_device(twin, config, B, T)
-    zero = Zero(OneRank(), model.params, model.lanes, 0, dev)
+    zero = Zero(OneRank(), model.params, model.lanes, 0, operations, dev)
     optimizer = AdamW(model.params, decayed(config), zero, RunConfig(), operations, dev)
     if not twin.on_gpu:
         optimizer._device = device.load("numpy")

@@ -34,7 +34,8 @@ def build(run, config, dev, operations, world):
         shares=run.lanes or world,
         grad_slots=gpt2.slots_by_turns if run.shards_gradients(world) else own_slot,
     )
-    zero = Zero(Ranks(world), model.params, model.lanes, run.zero_stage, dev)
+    exchanged = Ranks(world), model.params, model.lanes, run.zero_stage
+    zero = Zero(*exchanged, operations, dev, by_library=run.reduce == "nccl")
     return AdamW(model.params, gpt2.decayed(config), zero, run, operations, dev)
 
 
@@ -48,6 +49,7 @@ def build(run, config, dev, operations, world):
         (4, {"zero_stage": 2}),
         (1, {"lanes": 4, "total_batch": 128}),
         (2, {"lanes": 4, "total_batch": 128, "zero_stage": 1}),
+        (4, {"reduce": "nccl", "zero_stage": 1}),
         (1, {"master_weights": False}),
         (1, {"grad_dtype": "fp32", "recompute": 2}),
         (4, {"grad_dtype": "fp32", "zero_stage": 2}),

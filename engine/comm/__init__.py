@@ -4,6 +4,7 @@ What a communicator offers, each a collective that all ranks call in the same or
 
     rank, world               this one's number, and how many there are
     exchange(out, inp)        out (world, n) = what every rank has for this one: its inp (world, n) in this rank's row
+    reduce_scatter(buffer)    buffer (world * n): this rank's n elements become the sum of all ranks' there
     all_gather(buffer)        buffer (world * n) holds, in each rank's n elements, what that rank has there
     gather(values)            float64 (world, n): every rank's values, float64 (n)
     barrier()                 returns when all have called it
@@ -11,8 +12,8 @@ What a communicator offers, each a collective that all ranks call in the same or
                               (rank, values) of what has come from them since, oldest first
     abort(code)               ends every rank at once (not a collective: one rank calls it)
 
-None of them adds anything up: sums are made where their order is known, so the same inputs give the same bits,
-whatever library carries them.
+Only reduce_scatter adds anything up, in its library's order. Other sums are made where their order is known, so the
+same inputs give the same bits, whatever library carries them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,7 @@ class Communicator(Protocol):
     world: int
 
     def exchange(self, out: Any, inp: Any) -> None: ...
+    def reduce_scatter(self, buffer: Any) -> None: ...
     def all_gather(self, buffer: Any) -> None: ...
     def gather(self, values: np.ndarray) -> np.ndarray: ...
     def barrier(self) -> None: ...
