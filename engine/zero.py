@@ -23,9 +23,14 @@ that divides the lanes. Without the option there is one lane a rank.
 from collections.abc import Callable
 from itertools import accumulate
 from types import ModuleType
+from typing import Any
+
+import numpy as np
 
 from engine.arena import Arena, Array
 from engine.comm import Communicator
+
+PIECE = 1 << 24  # elements that are gathered at a time on their way to the host: not to take a GPU's memory for all
 
 
 class Zero:
@@ -63,6 +68,7 @@ class Zero:
         self._is_alone = len(lanes) * comm.world == 1
         most = 0 if self._is_alone or by_library else len(lanes) * max(map(_length, params.buckets))
         self._received = device.zeros((most,), lanes[0].flat.dtype)
+        self._reducing: Any = None  # in stage 2, the communicator's mark behind the last bucket
         self._partial_norms = device.zeros((len(self._shares),), "float64")
 
     @property
@@ -93,9 +99,26 @@ class Zero:
         return self._shard[owned] if self.shards_gradients else self._lanes[0].flat[span]
 
     def reduce(self, bucket: int) -> None:
-        """The gradient of a bucket, finished here in all lanes, becomes the sum over lanes: of this share, or all."""
+        """The gradient of a bucket, finished here in all lanes, becomes the sum over lanes: of this share, or all.
+
+        Aside: what comes next has the sums after `settle`.
+        """
         if self._is_alone:
             return
+        if self._reducing is not None:
+            # Backward is about to write where the bucket before this one was (see gpt2.slots_by_turns).
+            self._comm.wait(self._reducing)
+        with self._comm.aside():
+            self._reduce(bucket)
+        if self.shards_gradients:
+            self._reducing = self._comm.mark()
+
+    def settle(self) -> None:
+        """Everything that was put aside comes before what comes next."""
+        self._comm.join()
+        self._reducing = None
+
+    def _reduce(self, bucket: int) -> None:
         gradient, *_ = gradients = [lane.flat[lane.buckets[bucket]] for lane in self._lanes]
         own = gradient[_own(slice(0, gradient.size), self._comm)]
         parts = self._summed_on_the_way(gradient, own) if self._by_library else self._everyones(gradients)
@@ -128,27 +151,37 @@ class Zero:
             self._ops.norm.squared(self._partial_norms[part : part + 1].reshape(()), summed[share])
         self._ops.scalars.total(out, self._comm.gather(self._partial_norms).reshape(-1))
 
-    def gather_parameters(self) -> None:
-        """Every rank has all parameters again, after each has updated its own."""
+    def gather_parameters(self, bucket: int) -> None:
+        """Every rank has all parameters of a bucket again, after each has updated its own. Aside, as `reduce`."""
         if self._stage >= 1:
-            for bucket in self._params.buckets:
-                self._comm.all_gather(self._params.flat[bucket])
+            with self._comm.aside():
+                self._comm.all_gather(self._params.flat[self._params.buckets[bucket]])
 
-    def whole(self, owned: Array) -> Array:
-        """A flat buffer of all elements from each rank's `owned` ones (num_owned), in the order of the flat buffers."""
-        if self.owns_all:
-            return owned
-        flat = self._device.zeros((self._params.flat.size,), owned.dtype)
-        for span, part in zip(self.owned, self.owned_by_bucket, strict=True):
-            flat[span] = owned[part]
-        for bucket in self._params.buckets:
-            self._comm.all_gather(flat[bucket])
+    def whole(self, owned: Array) -> np.ndarray:
+        """On rank 0's host: all elements from each rank's `owned` ones (num_owned), in the order of the flat buffers.
+
+        On other ranks zeros, which take no memory until someone writes there. All ranks call it together.
+        """
+        comm = self._comm
+        if self.owns_all and comm.rank == 0:
+            return self._device.to_host(owned)
+        flat = np.zeros(self._params.flat.size, owned.dtype)
+        for part, bucket in zip(self.owned_by_bucket, self._params.buckets, strict=True) if not self.owns_all else ():
+            everyones = flat[bucket].reshape(comm.world, -1)
+            step = max(1, PIECE // comm.world)
+            for start in range(0, everyones.shape[1], step):
+                some = owned[part][start : start + step]
+                piece = self._device.zeros((comm.world, some.size), owned.dtype)
+                piece[comm.rank] = some
+                comm.all_gather(piece.reshape(-1))
+                if comm.rank == 0:
+                    everyones[:, start : start + step] = self._device.to_host(piece)
         return flat
 
-    def restore(self, owned: Array, flat: Array) -> None:
-        """owned (num_owned) = this rank's elements of flat: the inverse of `whole`."""
+    def restore(self, owned: Array, flat: np.ndarray) -> None:
+        """owned (num_owned) = this rank's elements of flat, which lies on the host: the inverse of `whole`."""
         for span, part in zip(self.owned, self.owned_by_bucket, strict=True):
-            owned[part] = flat[span]
+            owned[part] = self._device.to_device(flat[span])
 
 
 def _nothing(bucket: int) -> None:

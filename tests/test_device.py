@@ -22,9 +22,9 @@ def machine(monkeypatch):
     return pretend
 
 
-def choose(wanted, world=1):
+def choose(wanted):
     said = []
-    return device.choose(wanted, world, said.append), said
+    return device.choose(wanted, said.append), said
 
 
 def test_a_gpu_is_taken_unless_the_cpu_is_asked_for(machine):
@@ -49,15 +49,6 @@ def test_where_there_is_a_driver_the_cpu_is_not_taken_in_silence(machine):
     assert "CuPy is broken" in said[0]
     with pytest.raises(UsageError, match="CuPy is broken"):
         choose("cuda")
-
-
-def test_several_ranks_are_on_the_cpu_so_far(machine):
-    machine(driver=True, problem="")
-    where, said = choose("auto", world=2)
-    assert where == "numpy"
-    assert "several ranks" in said[0]
-    with pytest.raises(UsageError, match="several ranks"):
-        choose("cuda", world=2)
 
 
 @pytest.mark.skipif(not device.cuda_problem(), reason="there is a GPU here")

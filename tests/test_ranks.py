@@ -29,7 +29,7 @@ T, GLOBAL_BATCH, STEPS = 16, 24, 10
 WORLDS = (1, 2, 3, 4, 8)
 
 # 24 sequences of 16 tokens in every step, however they are shared out
-OPTIONS = ("-e", "l2h2c16", "-t", 16, "-d", 384, "-l", 1e-2, "-v", 4, "-m", -1, "-s", 0, "-x", 8)
+OPTIONS = ("--device", "cpu", "-e", "l2h2c16", "-t", 16, "-d", 384, "-l", 1e-2, "-v", 4, "-m", -1, "-s", 0, "-x", 8)
 
 
 def start(world: int, *args: object, program: Path = TRAIN) -> subprocess.Popen:
@@ -248,7 +248,26 @@ def test_state_moves_between_numbers_of_ranks_bit_for_bit(shards_dir, tmp_path):
 def test_the_reference_command_on_eight_ranks(shards_dir, tmp_path):
     """As it is given for eight GPUs, but for the sizes: the model's, the batch's, and how long it goes on."""
     reference = "-r 1 -z 1 -c 0.1 -l 0.0006 -q 0.0 -u 700 -n 5000 -v 250 -s 20000".split()
-    small = ("-e", "l2h2c16", "-b", 2, "-t", 16, "-d", 512, "-x", 6, "-m", 1, "-g", 4, "-o", tmp_path / "run")
+    small = (
+        "--device",
+        "cpu",
+        "-e",
+        "l2h2c16",
+        "-b",
+        2,
+        "-t",
+        16,
+        "-d",
+        512,
+        "-x",
+        6,
+        "-m",
+        1,
+        "-g",
+        4,
+        "-o",
+        tmp_path / "run",
+    )
     result = run(8, *data(shards_dir), *reference, *small)
     assert result.code == 0, result.err
     assert "8 ranks x 2 x 2 sequences of 16" in result.out

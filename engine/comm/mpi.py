@@ -6,17 +6,21 @@ import time
 import numpy as np
 from mpi4py import MPI
 
+from engine.comm.one import InOrder
 from engine.errors import UsageError
 
 FORWARDING = 0.3  # seconds for mpirun to pass on what a rank has printed: after an abort it throws the rest away
 
 
-class MPIRanks:
+class MPIRanks(InOrder):
     """The ranks of MPI_COMM_WORLD. Buffers are numpy arrays of any real dtype, bfloat16 among them."""
 
     def __init__(self) -> None:
         self._comm = MPI.COMM_WORLD
         self.rank, self.world = self._comm.rank, self._comm.size
+        neighbours = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local_rank, self.local_world = neighbours.rank, neighbours.size
+        neighbours.Free()
         self.library = MPI.Get_library_version().splitlines()[0]
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             raise UsageError(f"{self.library} was built without threads, which the watchdog needs: take another MPI")

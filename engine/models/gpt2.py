@@ -126,12 +126,12 @@ def parameter_table(config: GPT2Config) -> Iterator[tuple[str, Parameter, int]]:
 
 
 def slots_by_turns(bucket: int) -> int:
-    """Memory for gradients that are taken away as soon as they are ready: two layers' by turns, and the embedding's.
+    """Memory for gradients that are taken away as soon as they are ready: three layers' by turns, and the embedding's.
 
-    Two, because a layer's backward gives the first gradient of the layer below; the embedding is also the classifier,
-    whose gradient comes first, and is ready last.
+    Three, because a layer's backward gives the first gradient of the layer below, while those of the layer above are
+    still being taken away. The embedding is also the classifier, whose gradient comes first, and is ready last.
     """
-    return 0 if bucket == 0 else 1 + bucket % 2
+    return 0 if bucket == 0 else 1 + bucket % 3
 
 
 def parameter_tensors(config: GPT2Config, dtype: Any) -> list[Tensor]:
@@ -184,7 +184,7 @@ class GPT2:
     params: arena of the parameter table, whose buckets divide into `shares` parts. lanes: arenas like it for gradients,
     which accumulate over backward calls until `zero_grads`; grads is the first, and most runs have no other. They are
     of grad_dtype, if that is given, else of dtype, as the activations are. With grad_slots=slots_by_turns on_ready must
-    take a bucket's gradients away, and leave zeros.
+    take a bucket's gradients away, and leave zeros, before it returns for the bucket after it.
     """
 
     def __init__(
