@@ -118,7 +118,7 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
     Raises UserErrors.
     """
     backend = device.choose(run.device, say)
-    comm = _on_devices(comm, backend)
+    comm = on_devices(comm, backend)
     dev, operations = device.load(backend), ops.load(backend)
     saved = _saved_run(run, say)
 
@@ -152,7 +152,7 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
     dims = config.dims() | {"B": run.B, "T": run.T}
     operations.prepare(dims, run.gelu_fusion, grad_dtype)
     before = saved.state.get("tuning", {}) if saved else {}
-    identity["tuning"] = _tuning(run, comm, operations, dims, grad_dtype, before, say)
+    identity["tuning"] = tune_together(run, comm, operations, dims, grad_dtype, before, say)
     model = gpt2.GPT2(
         config,
         operations,
@@ -254,7 +254,7 @@ def write_config(out_dir: Path, identity: dict[str, Any]) -> None:
         raise CheckpointError(f"{out_dir}: cannot write config.json: {error.strerror}") from error
 
 
-def _on_devices(comm: Communicator, backend: str) -> Communicator:
+def on_devices(comm: Communicator, backend: str) -> Communicator:
     """The ranks as this device's arrays need them, each with its GPU. UsageError if they can't train together."""
     if comm.world == 1:
         return comm
@@ -353,7 +353,7 @@ def _steps(run: RunConfig, samples: Samples, world: int) -> int:
     return steps
 
 
-def _tuning(
+def tune_together(
     run: RunConfig,
     comm: Communicator,
     operations: ModuleType,

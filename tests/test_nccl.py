@@ -117,7 +117,7 @@ class Thread(OneRank):
 
 
 def share_out(machines, see, backends, monkeypatch):
-    """What training._on_devices says to each rank. see(rank, local_rank): (the GPU it takes, how many it sees)."""
+    """What training.on_devices says to each rank. see(rank, local_rank): (the GPU it takes, how many it sees)."""
     world = sum(machines)
     meet, table, local = threading.Barrier(world), {}, threading.local()
     monkeypatch.setattr(training, "on_gpus", lambda comm: "on GPUs")
@@ -126,7 +126,7 @@ def share_out(machines, see, backends, monkeypatch):
     def of(rank):
         local.rank = rank
         try:
-            return training._on_devices(Thread(rank, machines, meet, table), backends[rank])
+            return training.on_devices(Thread(rank, machines, meet, table), backends[rank])
         except UsageError as error:
             return str(error)
 
