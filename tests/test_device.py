@@ -51,6 +51,28 @@ def test_where_there_is_a_driver_the_cpu_is_not_taken_in_silence(machine):
         choose("cuda")
 
 
+def test_each_rank_takes_a_gpu_of_those_it_sees(monkeypatch):
+    taken = []
+
+    class Device:
+        def __init__(self, index):
+            self.id, self.pci_bus_id = index, f"0000:0{index}:00.0"
+
+        def use(self):
+            taken.append(self.id)
+
+    properties = {"uuid": b"same for all"}
+    runtime = SimpleNamespace(getDeviceCount=lambda: 2, getDeviceProperties=lambda index: properties)
+    pretended = ModuleType("cupy.cuda")
+    pretended.Device, pretended.runtime = Device, runtime
+    monkeypatch.setitem(sys.modules, "cupy", ModuleType("cupy"))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", pretended)
+    names, counts = zip(*map(cuda.take, range(3)), strict=True)
+    assert taken == [0, 1, 0]
+    assert names[0] == names[2] != names[1]
+    assert counts == (2, 2, 2)
+
+
 @pytest.mark.skipif(not device.cuda_problem(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_a_usage_error(shards_dir, tmp_path):
     result = run_command("train.py", *data(shards_dir), *TINY, "--device", "cuda", "-x", 1, "-o", tmp_path / "run")
