@@ -99,7 +99,7 @@ class Event:
 
 
 class Stream:
-    def __init__(self, non_blocking: bool = False, ptr: int = SIDE_STREAM):
+    def __init__(self, non_blocking: bool = False, priority: int = 0, ptr: int = SIDE_STREAM):
         assert non_blocking or ptr == DEFAULT_STREAM  # another kind would wait for the default stream
         self.ptr = ptr
         self._before: list[int] = []

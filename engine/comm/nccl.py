@@ -44,7 +44,8 @@ class NCCLRanks:
                 f"NCCL cannot connect the ranks' GPUs ({error}): with NCCL_DEBUG=INFO in the environment it says more; "
                 "--device cpu does without"
             ) from error
-        self._stream = cupy.cuda.Stream(non_blocking=True)
+        # With priority, or its kernels would wait until the last block of the one that computes has begun.
+        self._stream = cupy.cuda.Stream(non_blocking=True, priority=-1)
         self._behind, self._ahead = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
         self._is_ahead = False  # has something been put aside that nobody has waited for?
         self._gathered: dict[tuple[int, int], Array] = {}
