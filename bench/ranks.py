@@ -89,6 +89,7 @@ def make(run: RunConfig, comm: Any, config: GPT2Config, dev: ModuleType, operati
         shares=run.lanes or comm.world,
     )
     zero = Zero(*(comm, model.params, model.lanes, run.zero_stage, operations, dev), by_library=run.reduce == "nccl")
+    model.on_need = zero.need
     optimizer = AdamW(model.params, gpt2.decayed(config), zero, run, operations, dev)
     values = {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in gpt2.parameter_tensors(config, np.float32)}
     gpt2.initialize(config, values, seed=42)
@@ -117,6 +118,7 @@ def seconds_a_step(t: Training, warm_up: int, steps: int) -> float:
     began = t.device.mark()
     for step in range(warm_up, warm_up + steps):
         train.train_step(t, step)
+    t.zero.settle()
     seconds = t.device.seconds_between(began, t.device.mark()) / steps
     return float(t.comm.gather(np.array([seconds])).max())
 

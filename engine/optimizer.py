@@ -72,15 +72,16 @@ class AdamW:
     def step(self, t: int, lr: float, loss: Any, replay: Callable[..., None] = eagerly) -> None:
         """Update number t (from 1) of the parameters, unless the guard skips it; loss () is this step's mean.
 
-        The gradients have been summed over the ranks; afterwards every rank has all parameters. replay: the device's,
-        which calls what is the same in every step.
+        The gradients have been summed over the ranks; afterwards every rank has all parameters, each bucket's after
+        zero.need. replay: the device's, which calls what is the same in every step.
         """
         run = self._run
         options = {"beta1": run.beta1, "beta2": run.beta2, "eps": run.eps, "weight_decay": run.weight_decay}
         self._schedule(np.array(self._ops.adamw.Schedule.of(t, lr, **options)))
-        replay(self._update, loss)
+        replay(self._update, loss, replay is not eagerly)
 
-    def _update(self, loss: Any) -> None:
+    def _update(self, loss: Any, settles: bool) -> None:
+        """settles: nothing is left aside, for what is recorded has to be whole."""
         run, ops = self._run, self._ops
         self._zero.norm_squared(self._norm_squared)
         ops.guard.decide(
@@ -97,7 +98,8 @@ class AdamW:
             for segment in segments:
                 self._update_segment(segment)
             self._zero.gather_parameters(bucket)
-        self._zero.settle()
+        if settles:
+            self._zero.settle()
 
     def _update_segment(self, segment: "_Segment") -> None:
         run = self._run
@@ -129,6 +131,7 @@ class AdamW:
     def parameters(self) -> dict[str, np.ndarray]:
         """On rank 0's host: the parameters by name, with all the digits that there are. All ranks call it together."""
         if self.master is None:
+            self._zero.settle()
             return {name: self._device.to_host(view) for name, view in self._params.views.items()}
         return self._params.split(self._zero.whole(self.master))
 

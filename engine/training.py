@@ -94,6 +94,7 @@ class Training:
         """DesyncError if some rank's parameters are not, bit for bit, rank 0's. All ranks call it together."""
         if self.comm.world == 1:
             return
+        self.zero.settle()
         digest = blake2b(digest_size=32)
         for view in self.model.params.views.values():
             digest.update(self.device.to_host(view).reshape(-1).view(np.uint8))
@@ -167,6 +168,7 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         shares=run.lanes or comm.world,
     )
     zero = Zero(*(comm, model.params, model.lanes, run.zero_stage, operations, dev), by_library=run.reduce == "nccl")
+    model.on_need = zero.need
     optimizer = AdamW(model.params, gpt2.decayed(config), zero, run, operations, dev)
     if saved:
         optimizer.set_parameters(saved.tensors(gpt2.MODEL_FILE))

@@ -69,6 +69,7 @@ class Zero:
         most = 0 if self._is_alone or by_library else len(lanes) * max(map(_length, params.buckets))
         self._received = device.zeros((most,), lanes[0].flat.dtype)
         self._reducing: Any = None  # in stage 2, the communicator's mark behind the last bucket
+        self._gathering: dict[int, Any] = {}  # bucket -> the mark behind the gathering of its parameters
         self._partial_norms = device.zeros((len(self._shares),), "float64")
 
     @property
@@ -117,6 +118,7 @@ class Zero:
         """Everything that was put aside comes before what comes next."""
         self._comm.join()
         self._reducing = None
+        self._gathering.clear()
 
     def _reduce(self, bucket: int) -> None:
         gradient, *_ = gradients = [lane.flat[lane.buckets[bucket]] for lane in self._lanes]
@@ -152,10 +154,19 @@ class Zero:
         self._ops.scalars.total(out, self._comm.gather(self._partial_norms).reshape(-1))
 
     def gather_parameters(self, bucket: int) -> None:
-        """Every rank has all parameters of a bucket again, after each has updated its own. Aside, as `reduce`."""
+        """Every rank has all parameters of a bucket again, after each has updated its own.
+
+        Aside: what comes next has them after `need`, or `settle`.
+        """
         if self._stage >= 1:
             with self._comm.aside():
                 self._comm.all_gather(self._params.flat[self._params.buckets[bucket]])
+            self._gathering[bucket] = self._comm.mark()
+
+    def need(self, bucket: int) -> None:
+        """What comes next has all parameters of a bucket."""
+        if bucket in self._gathering:
+            self._comm.wait(self._gathering.pop(bucket))
 
     def whole(self, owned: Array) -> np.ndarray:
         """On rank 0's host: all elements from each rank's `owned` ones (num_owned), in the order of the flat buffers.

@@ -79,7 +79,9 @@ def test_other_dtypes(rank_nccl, options):
     assert_same(rank_nccl(2, zero_stage=1, **options), rank_nccl(2, "mpi", zero_stage=1, **options))
 
 
-@pytest.mark.parametrize(("sabotage", "stage"), [("join", 0), ("join", 1), ("join", 2), ("_follow", 1), ("wait", 2)])
+@pytest.mark.parametrize(
+    ("sabotage", "stage"), [("join", 0), ("join", 1), ("join", 2), ("_follow", 1), ("wait", 1), ("wait", 2)]
+)
 def test_a_wait_that_is_missing_is_seen(rank_nccl, sabotage, stage):
     """So the stand-in can be believed when it sees no race."""
     result = rank_nccl(2, sabotage=sabotage, zero_stage=stage)
