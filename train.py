@@ -199,6 +199,7 @@ def accumulate(t: Training, lane: int, last: bool) -> None:
     t.model.forward(inp)
     on_ready = t.zero.when_ready(last)
     losses = t.model.backward(inp, targets, 1 / (t.samples_per_step * t.run.T), lane, on_ready)
+    t.zero.settle()
     share = len(t.model.lanes) / t.run.accumulation(t.comm.world)
     t.ops.classifier.add_mean(t.lane_losses[lane : lane + 1].reshape(()), losses, share)
 

@@ -14,7 +14,8 @@ import numpy as np
 from engine.ops.numpy.parallel import CORES
 
 PACKAGES = (
-    *("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cublas-cu12", "nvidia-cublas", "torch", "triton", "matplotlib"),
+    *("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cublas-cu12", "nvidia-cublas"),
+    *("nvidia-nccl-cu12", "nvidia-nccl-cu13", "torch", "triton", "matplotlib"),
 )
 SECONDS_BETWEEN_SAMPLES = 2.0
 

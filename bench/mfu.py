@@ -202,7 +202,7 @@ def main(
     png_path: Path | None,
 ) -> None:
     """Milliseconds of a training step on random tokens, MFU, and every operation beside its floor."""
-    backend = device.choose(wanted, 1, print)
+    backend = device.choose(wanted, print)
     dev, operations = device.load(backend), ops.load(backend)
     replay = dev.replay(cuda_graph, print)
     config = model_from_descriptor(model, V, T)

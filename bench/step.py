@@ -42,7 +42,7 @@ def make_step(
     B, T = inp.shape
     model = GPT2(config, operations, dev, B=B, T=T, recompute=recompute, dtype=dev.COMPUTE_DTYPE)
     run = RunConfig(B=B, T=T, weight_decay=0.1)
-    zero = Zero(OneRank(), model.params, model.lanes, run.zero_stage, dev)
+    zero = Zero(OneRank(), model.params, model.lanes, run.zero_stage, operations, dev)
     optimizer = AdamW(model.params, decayed(config), zero, run, operations, dev)
     values = {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in parameter_tensors(config, np.float32)}
     initialize(config, values, seed=42)

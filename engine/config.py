@@ -221,6 +221,12 @@ class RunConfig:
     lanes: int = option(
         0, "--lanes", "gradients kept apart, for the same bits on any number of ranks that divides this; 0: one a rank"
     )
+    reduce: str = option(
+        "owner",
+        "--reduce",
+        "who adds up the ranks' gradients: owner, in fp32 and in a fixed order; nccl, NCCL (on CPUs MPI) on the way",
+        choices=("owner", "nccl"),
+    )
     watchdog: float = option(
         300.0, "--watchdog", "end the job when no rank gets on for so long; 0: never", unit="seconds"
     )
@@ -291,6 +297,8 @@ class RunConfig:
         problems = self._indivisible(world=1)
         if self.lanes and self.zero_stage == 2:
             problems.append(f"--lanes {self.lanes} keeps whole gradients apart, and -z 2 does not keep them; take -z 1")
+        if self.lanes and self.reduce == "nccl":
+            problems.append(f"--lanes {self.lanes} are added up in a fixed order, and --reduce nccl has its own")
         if self.resume and not self.out_dir:
             problems.append("-y 1 goes on from a checkpoint in -o, which is not given")
         if self.checkpoint_every and not self.out_dir:

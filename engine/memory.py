@@ -25,11 +25,13 @@ def memory_by_class(
     """
     one, two = (_bytes_of_tables(run, replace(config, L=L), dev, world) for L in (1, 2))
     tables = {name: one[name] + (config.L - 1) * (two[name] - one[name]) for name in one}
-    tables["gradients"] += _gradients_by_turns(run, replace(config, L=min(config.L, 2)), dev, world)
-    if world > 1:  # what other ranks have for this one
-        tables["gradients"] += run.lanes_per_rank(world) * largest_bucket(_gradient_tensors(run, config, dev), world)
+    tables["gradients"] += _gradients_by_turns(run, replace(config, L=min(config.L, 3)), dev, world)
+    if run.reduce == "owner" and run.lanes_per_rank(world) * world > 1:  # what lanes and ranks have for this one
+        shares = run.lanes or world
+        tables["gradients"] += run.lanes_per_rank(world) * largest_bucket(_gradient_tensors(run, config, dev), shares)
     scratch = operations.scratch_bytes(config.dims() | {"B": run.B, "T": run.T})
-    return tables | {"scratch": scratch, "overhead": dev.OVERHEAD_BYTES}
+    overhead = dev.OVERHEAD_BYTES + (dev.OVERHEAD_OF_RANKS if world > 1 else 0)
+    return tables | {"scratch": scratch, "overhead": overhead}
 
 
 def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType, world: int) -> dict[str, int]:
@@ -65,7 +67,7 @@ def _gradient_tensors(run: RunConfig, config: GPT2Config, dev: ModuleType) -> li
 
 
 def _gradients_by_turns(run: RunConfig, config: GPT2Config, dev: ModuleType, world: int) -> int:
-    """Where gradients are sharded, what backward writes before they are: of two layers, however many there are."""
+    """Where gradients are sharded, what backward writes before they are: of three layers, however many there are."""
     if not run.shards_gradients(world):
         return 0
     return memory_of(_gradient_tensors(run, config, dev), world, gpt2.slots_by_turns)
@@ -74,7 +76,8 @@ def _gradients_by_turns(run: RunConfig, config: GPT2Config, dev: ModuleType, wor
 def require_memory(run: RunConfig, config: GPT2Config, dev: ModuleType, operations: ModuleType, world: int) -> None:
     """OutOfMemoryError, with options that would fit, if the device has less for each rank than that needs."""
     memory = memory_by_class(run, config, dev, operations, world)
-    free = dev.available_bytes() // (min(world, ranks_on_this_machine(os.environ)) if world > 1 else 1)
+    sharing = min(world, ranks_on_this_machine(os.environ)) if dev.SHARED_BY_RANKS and world > 1 else 1
+    free = dev.available_bytes() // sharing
     if sum(memory.values()) <= free:
         return
     samples = run.samples_per_step(world) // world

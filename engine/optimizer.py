@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -59,7 +60,8 @@ class AdamW:
         self.m, self.v = device.zeros((zero.num_owned,), dtype), device.zeros((zero.num_owned,), dtype)
         has_masters = run.master_weights and params.flat.dtype != dtype
         self.master = device.zeros((zero.num_owned,), dtype) if has_masters else None
-        self._segments = list(_owned_segments(zero.owned, list(_decay_segments(params, decayed)), params.buckets))
+        segments = _owned_segments(zero.owned, list(_decay_segments(params, decayed)), params.buckets)
+        self._segments = {bucket: list(those) for bucket, those in groupby(segments, lambda segment: segment.bucket)}
         self._norm_squared = device.zeros((), np.float64)
         self._windows = {
             name: device.zeros((ops.guard.WINDOW + 1,), np.float64) for name in ("loss_window", "norm_window")
@@ -70,17 +72,18 @@ class AdamW:
     def step(self, t: int, lr: float, loss: Any, replay: Callable[..., None] = eagerly) -> None:
         """Update number t (from 1) of the parameters, unless the guard skips it; loss () is this step's mean.
 
-        The gradients have been summed over the ranks; afterwards every rank has all parameters. replay: the device's,
-        which calls what is the same in every step.
+        The gradients have been summed over the ranks; afterwards every rank has all parameters, each bucket's after
+        zero.need. replay: the device's, which calls what is the same in every step.
         """
         run = self._run
         options = {"beta1": run.beta1, "beta2": run.beta2, "eps": run.eps, "weight_decay": run.weight_decay}
         self._schedule(np.array(self._ops.adamw.Schedule.of(t, lr, **options)))
-        replay(self._update, loss)
+        replay(self._update, loss, replay is not eagerly)
 
-    def _update(self, loss: Any) -> None:
+    def _update(self, loss: Any, settles: bool) -> None:
+        """settles: nothing is left aside, for what is recorded has to be whole."""
         run, ops = self._run, self._ops
-        self._zero.norm_squared(self._norm_squared, ops)
+        self._zero.norm_squared(self._norm_squared)
         ops.guard.decide(
             self.decision,
             self._windows["loss_window"],
@@ -91,25 +94,32 @@ class AdamW:
             max_loss_z=run.max_loss_z or math.inf,
             max_norm_z=run.max_norm_z or math.inf,
         )
-        for segment in self._segments:
-            params = self._params.flat[segment.span]
-            ops.adamw.update(
-                params,
-                params if self.master is None else self.master[segment.owned],
-                self.m[segment.owned],
-                self.v[segment.owned],
-                self._zero.gradient(segment.span, segment.owned),
-                self.decision.clip,
-                self.decision.skip,
-                self._schedule.array,
-                beta1=run.beta1,
-                beta2=run.beta2,
-                decays=segment.decays,
-                seed=run.seed,
-                stream=segment.bucket,
-                first=segment.first,
-            )
-        self._zero.gather_parameters()
+        for bucket, segments in self._segments.items():
+            for segment in segments:
+                self._update_segment(segment)
+            self._zero.gather_parameters(bucket)
+        if settles:
+            self._zero.settle()
+
+    def _update_segment(self, segment: "_Segment") -> None:
+        run = self._run
+        params = self._params.flat[segment.span]
+        self._ops.adamw.update(
+            params,
+            params if self.master is None else self.master[segment.owned],
+            self.m[segment.owned],
+            self.v[segment.owned],
+            self._zero.gradient(segment.span, segment.owned),
+            self.decision.clip,
+            self.decision.skip,
+            self._schedule.array,
+            beta1=run.beta1,
+            beta2=run.beta2,
+            decays=segment.decays,
+            seed=run.seed,
+            stream=segment.bucket,
+            first=segment.first,
+        )
 
     def set_parameters(self, values: dict[str, np.ndarray]) -> None:
         """The parameters, and their masters, = values (fp32) by name."""
@@ -118,18 +128,23 @@ class AdamW:
         if self.master is not None:
             self._take(self.master, values)
 
-    def parameters(self) -> dict[str, Any]:
-        """Arrays of the parameters by name, with all the digits that there are. All ranks call it together."""
-        return self._params.views if self.master is None else self._params.split(self._zero.whole(self.master))
+    def parameters(self) -> dict[str, np.ndarray]:
+        """On rank 0's host: the parameters by name, with all the digits that there are. All ranks call it together."""
+        if self.master is None:
+            self._zero.settle()
+            return {name: self._device.to_host(view) for name, view in self._params.views.items()}
+        return self._params.split(self._zero.whole(self.master))
 
-    def state(self) -> dict[str, Any]:
-        """Every array to be saved, by name: the same at any number of ranks. All ranks call it together."""
+    def state(self) -> dict[str, np.ndarray]:
+        """On rank 0's host: every array to be saved, by name, the same at any number of ranks. All ranks call it
+        together.
+        """
         moments = {
             f"{kind}.{name}": view
             for kind, owned in (("m", self.m), ("v", self.v))
             for name, view in self._params.split(self._zero.whole(owned)).items()
         }
-        return moments | self._windows
+        return moments | {name: self._device.to_host(window) for name, window in self._windows.items()}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Takes this rank's part of what `state` gave, be it on another number of ranks."""
@@ -140,11 +155,10 @@ class AdamW:
 
     def _take(self, owned: Any, values: dict[str, np.ndarray]) -> None:
         """owned = this rank's part of values, which are all tensors by name."""
-        flat = owned if self._zero.owns_all else self._device.zeros((self._params.flat.size,), owned.dtype)
+        flat = np.zeros(self._params.flat.size, owned.dtype)
         for name, view in self._params.split(flat).items():
-            view[...] = self._device.to_device(values[name])
-        if not self._zero.owns_all:
-            self._zero.restore(owned, flat)
+            view[...] = values[name]
+        self._zero.restore(owned, flat)
 
 
 class _Segment(NamedTuple):

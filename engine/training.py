@@ -13,9 +13,10 @@ import numpy as np
 
 from engine import checkpoint, device, llmc_model, ops, shards, tokenizer
 from engine.arena import Arena, own_slot
-from engine.comm import Communicator, fingerprints, from_rank_0
+from engine.comm import Communicator, fingerprints, from_rank_0, on_gpus
 from engine.config import GPT2Config, RunConfig, model_from_descriptor
 from engine.data import Loader, Samples
+from engine.device import cuda
 from engine.errors import CheckpointError, DataError, DesyncError, UsageError
 from engine.memory import gradient_dtype, memory_by_class, require_memory
 from engine.models import gpt2
@@ -77,9 +78,7 @@ class Training:
         All ranks call it together, for each may hold a part of the moments. Returns None on the other ranks.
         """
         assert self.out_dir
-        parameters, optimizer = (
-            self._to_host(arrays) for arrays in (self.optimizer.parameters(), self.optimizer.state())
-        )
+        parameters, optimizer = (_in_fp32(arrays) for arrays in (self.optimizer.parameters(), self.optimizer.state()))
         if self.comm.rank > 0:
             return None
         path = checkpoint.save(
@@ -95,9 +94,10 @@ class Training:
         """DesyncError if some rank's parameters are not, bit for bit, rank 0's. All ranks call it together."""
         if self.comm.world == 1:
             return
+        self.zero.settle()
         digest = blake2b(digest_size=32)
         for view in self.model.params.views.values():
-            digest.update(memoryview(self.device.to_host(view)).cast("B"))
+            digest.update(self.device.to_host(view).reshape(-1).view(np.uint8))
         digests = fingerprints(self.comm, digest.digest())
         different = [rank for rank, found in enumerate(digests) if found != digests[0]]
         if different:
@@ -107,10 +107,10 @@ class Training:
                 "checkpoint with -y 1"
             )
 
-    def _to_host(self, arrays: dict[str, Any]) -> dict[str, np.ndarray]:
-        """On the host, and nothing with fewer digits than fp32: so a checkpoint does not depend on the device."""
-        hosts = {name: self.device.to_host(array) for name, array in arrays.items()}
-        return {name: host.astype(np.promote_types(host.dtype, np.float32), copy=False) for name, host in hosts.items()}
+
+def _in_fp32(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Nothing with fewer digits than that: so a checkpoint does not depend on the device."""
+    return {name: array.astype(np.promote_types(array.dtype, np.float32), copy=False) for name, array in arrays.items()}
 
 
 def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Training:
@@ -118,7 +118,8 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
 
     Raises UserErrors.
     """
-    backend = device.choose(run.device, comm.world, say)
+    backend = device.choose(run.device, say)
+    comm = on_devices(comm, backend)
     dev, operations = device.load(backend), ops.load(backend)
     saved = _saved_run(run, say)
 
@@ -152,7 +153,7 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
     dims = config.dims() | {"B": run.B, "T": run.T}
     operations.prepare(dims, run.gelu_fusion, grad_dtype)
     before = saved.state.get("tuning", {}) if saved else {}
-    identity["tuning"] = _tuning(run, comm, operations, dims, grad_dtype, before, say)
+    identity["tuning"] = tune_together(run, comm, operations, dims, grad_dtype, before, say)
     model = gpt2.GPT2(
         config,
         operations,
@@ -166,7 +167,8 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         lanes=run.lanes_per_rank(comm.world),
         shares=run.lanes or comm.world,
     )
-    zero = Zero(comm, model.params, model.lanes, run.zero_stage, dev)
+    zero = Zero(*(comm, model.params, model.lanes, run.zero_stage, operations, dev), by_library=run.reduce == "nccl")
+    model.on_need = zero.need
     optimizer = AdamW(model.params, gpt2.decayed(config), zero, run, operations, dev)
     if saved:
         optimizer.set_parameters(saved.tensors(gpt2.MODEL_FILE))
@@ -198,7 +200,8 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         start=saved.step if saved else 0,
         watchdog=Watchdog(comm, run.watchdog),
         uploads=(dev.Upload((run.B, run.T), np.int32), dev.Upload((run.B, run.T), np.int32)),
-        replay=dev.replay(run.cuda_graph, say),
+        # Graphs with collectives in them only if they are asked for: they have not proved themselves on all machines.
+        replay=dev.replay("off" if run.cuda_graph == "auto" and comm.world > 1 else run.cuda_graph, say),
         lane_losses=dev.zeros((len(model.lanes),), np.float64),
         loss=dev.zeros((), np.float64),
         identity=identity,
@@ -251,6 +254,32 @@ def write_config(out_dir: Path, identity: dict[str, Any]) -> None:
         (out_dir / "config.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{out_dir}: cannot write config.json: {error.strerror}") from error
+
+
+def on_devices(comm: Communicator, backend: str) -> Communicator:
+    """The ranks as this device's arrays need them, each with its GPU. UsageError if they can't train together."""
+    if comm.world == 1:
+        return comm
+    on_gpu = comm.gather(np.array([backend == "cuda"], np.float64))[:, 0]
+    if on_gpu.min() < on_gpu.max():
+        raise UsageError(
+            f"rank {on_gpu.argmax()} has a GPU to train on, rank {on_gpu.argmin()} has none: --device cuda says what "
+            f"it lacks, {device.DOCTOR}; --device cpu does without GPUs"
+        )
+    if backend == "numpy":
+        return comm
+    name, count = cuda.take(comm.local_rank)
+    names = fingerprints(comm, sha256(name).digest())
+    counts = comm.gather(np.array([comm.local_world, count], np.float64)).astype(int)
+    shared = next((rank for rank, found in enumerate(names) if found in names[:rank]), None)
+    if shared is not None:
+        local_world, count = counts[shared]
+        raise UsageError(
+            f"rank {shared} and rank {names.index(names[shared])} would share a GPU: {local_world} ranks run on their "
+            f"machine and see {count} GPU{'s' if count > 1 else ''}. Start as many ranks as there are GPUs (-np, or "
+            "-ppn for each machine), show them more in CUDA_VISIBLE_DEVICES, or take --device cpu"
+        )
+    return on_gpus(comm)
 
 
 def _saved_run(run: RunConfig, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
@@ -326,7 +355,7 @@ def _steps(run: RunConfig, samples: Samples, world: int) -> int:
     return steps
 
 
-def _tuning(
+def tune_together(
     run: RunConfig,
     comm: Communicator,
     operations: ModuleType,

@@ -11,31 +11,51 @@ stage 2   as 1, and a rank keeps the gradient of its shares alone: that of a buc
 All do the same arithmetic, so they give the same bits; stage 2 with one micro-batch a step: with several, it adds up
 ranks first, and then micro-batches.
 
+The owner of a share receives what all ranks have of it and adds that up in the order of the ranks, in fp32, rounding
+once (ops.reduce). As an alternative the library that carries it adds up on the way, in an order of its own.
+
 Lanes make the bits independent of the number of ranks too. A lane is a gradient of its own: micro-batch j of a step
-goes into lane j mod lanes, and nothing is ever added across lanes but in one binary tree over all of them, whose every
-node is rounded once, whoever computes it. There are as many shares as lanes, so the layout, and with it the norm's
-partial sums, is the same for any number of ranks that divides the lanes. Without the option there is one lane a rank.
+goes into lane j mod lanes, and nothing is ever added across lanes but by the owner, in the order of the lanes. There
+are as many shares as lanes, so the layout, and with it the norm's partial sums, is the same for any number of ranks
+that divides the lanes. Without the option there is one lane a rank.
 """
 
 from collections.abc import Callable
 from itertools import accumulate
 from types import ModuleType
+from typing import Any
+
+import numpy as np
 
 from engine.arena import Arena, Array
 from engine.comm import Communicator
+
+PIECE = 1 << 24  # elements that are gathered at a time on their way to the host: not to take a GPU's memory for all
 
 
 class Zero:
     """The shares of this rank, and the exchanges around a step.
 
     lanes: of this rank, each the gradients of one lane; lane i of rank r is lane i * world + r of all. The first also
-    receives the sums, but in stage 2: there is one lane then, whose buckets may take the same memory by turns. owned:
-    the slice of each bucket that this rank updates; owned_by_bucket: where it lies among all that this rank owns.
+    receives the sums, but in stage 2: there is one lane then, whose buckets may take the same memory by turns.
+    by_library: the communicator adds up, not the owner; with one lane a rank. owned: the slice of each bucket that this
+    rank updates; owned_by_bucket: where it lies among all that this rank owns.
     """
 
-    def __init__(self, comm: Communicator, params: Arena, lanes: list[Arena], stage: int, device: ModuleType):
+    def __init__(
+        self,
+        comm: Communicator,
+        params: Arena,
+        lanes: list[Arena],
+        stage: int,
+        ops: ModuleType,
+        device: ModuleType,
+        *,
+        by_library: bool = False,
+    ):
         self._comm, self._params, self._lanes, self._stage = comm, params, lanes, stage
-        self._device = device
+        self._ops, self._device, self._by_library = ops, device, by_library
+        assert len(lanes) == 1 or not by_library
         self.owned = [_own(bucket, comm) for bucket in params.buckets] if stage >= 1 else params.buckets
         ends = list(accumulate(_length(span) for span in self.owned))
         self.owned_by_bucket = [slice(end - _length(span), end) for span, end in zip(self.owned, ends, strict=True)]
@@ -45,8 +65,11 @@ class Zero:
             self._shares = self.owned_by_bucket
         else:
             self._shares = [share for bucket in params.buckets for share in _shares(bucket, comm, len(lanes))]
-        most = max(map(_length, params.buckets), default=0)
-        self._received = [device.zeros((most,), lane.flat.dtype) for lane in lanes] if comm.world > 1 else []
+        self._is_alone = len(lanes) * comm.world == 1
+        most = 0 if self._is_alone or by_library else len(lanes) * max(map(_length, params.buckets))
+        self._received = device.zeros((most,), lanes[0].flat.dtype)
+        self._reducing: Any = None  # in stage 2, the communicator's mark behind the last bucket
+        self._gathering: dict[int, Any] = {}  # bucket -> the mark behind the gathering of its parameters
         self._partial_norms = device.zeros((len(self._shares),), "float64")
 
     @property
@@ -77,53 +100,99 @@ class Zero:
         return self._shard[owned] if self.shards_gradients else self._lanes[0].flat[span]
 
     def reduce(self, bucket: int) -> None:
-        """The gradient of a bucket, finished here in all lanes, becomes the sum over lanes: of this share, or all."""
-        gradients = [lane.flat[lane.buckets[bucket]] for lane in self._lanes]
-        if self._comm.world == 1:
-            _add_in_a_tree(gradients)
-            return
-        parts = []
-        for gradient, buffer in zip(gradients, self._received, strict=True):
-            received = buffer[: gradient.size].reshape(self._comm.world, -1)
-            self._comm.exchange(received, gradient.reshape(self._comm.world, -1))
-            parts += list(received)
-        _add_in_a_tree(parts)
-        if self.shards_gradients:
-            self._shard[self.owned_by_bucket[bucket]] += parts[0]
-            gradients[0].fill(0)
-            return
-        gradients[0][_own(slice(0, gradients[0].size), self._comm)] = parts[0]
-        if self._stage == 0:
-            self._comm.all_gather(gradients[0])
+        """The gradient of a bucket, finished here in all lanes, becomes the sum over lanes: of this share, or all.
 
-    def norm_squared(self, out: Array, ops: ModuleType) -> None:
+        Aside: what comes next has the sums after `settle`.
+        """
+        if self._is_alone:
+            return
+        if self._reducing is not None:
+            # Backward is about to write where the bucket before this one was (see gpt2.slots_by_turns).
+            self._comm.wait(self._reducing)
+        with self._comm.aside():
+            self._reduce(bucket)
+        if self.shards_gradients:
+            self._reducing = self._comm.mark()
+
+    def settle(self) -> None:
+        """Everything that was put aside comes before what comes next."""
+        self._comm.join()
+        self._reducing = None
+        self._gathering.clear()
+
+    def _reduce(self, bucket: int) -> None:
+        gradient, *_ = gradients = [lane.flat[lane.buckets[bucket]] for lane in self._lanes]
+        own = gradient[_own(slice(0, gradient.size), self._comm)]
+        parts = self._summed_on_the_way(gradient, own) if self._by_library else self._everyones(gradients)
+        if self.shards_gradients:
+            self._ops.reduce.sum_slices(self._shard[self.owned_by_bucket[bucket]], parts, add=True)
+            gradient.fill(0)
+            return
+        if not self._by_library:
+            self._ops.reduce.sum_slices(own, parts)
+        if self._stage == 0:
+            self._comm.all_gather(gradient)
+
+    def _everyones(self, gradients: list[Array]) -> Array:
+        """(all lanes, n): what every lane of every rank has of this rank's share of a bucket."""
+        world, size = self._comm.world, gradients[0].size
+        received = self._received[: len(gradients) * size].reshape(len(gradients) * world, -1)
+        for i, gradient in enumerate(gradients):
+            self._comm.exchange(received[i * world : (i + 1) * world], gradient.reshape(world, -1))
+        return received
+
+    def _summed_on_the_way(self, gradient: Array, own: Array) -> Array:
+        """(1, n): this rank's share of a bucket, which has become the sum."""
+        self._comm.reduce_scatter(gradient)
+        return own.reshape(1, -1)
+
+    def norm_squared(self, out: Array) -> None:
         """out () = the sum of the squares of the whole gradient: of each share, then their exact sum."""
         summed = self._shard if self.shards_gradients else self._lanes[0].flat
         for part, share in enumerate(self._shares):
-            ops.norm.squared(self._partial_norms[part : part + 1].reshape(()), summed[share])
-        ops.scalars.total(out, self._comm.gather(self._partial_norms).reshape(-1))
+            self._ops.norm.squared(self._partial_norms[part : part + 1].reshape(()), summed[share])
+        self._ops.scalars.total(out, self._comm.gather(self._partial_norms).reshape(-1))
 
-    def gather_parameters(self) -> None:
-        """Every rank has all parameters again, after each has updated its own."""
+    def gather_parameters(self, bucket: int) -> None:
+        """Every rank has all parameters of a bucket again, after each has updated its own.
+
+        Aside: what comes next has them after `need`, or `settle`.
+        """
         if self._stage >= 1:
-            for bucket in self._params.buckets:
-                self._comm.all_gather(self._params.flat[bucket])
+            with self._comm.aside():
+                self._comm.all_gather(self._params.flat[self._params.buckets[bucket]])
+            self._gathering[bucket] = self._comm.mark()
 
-    def whole(self, owned: Array) -> Array:
-        """A flat buffer of all elements from each rank's `owned` ones (num_owned), in the order of the flat buffers."""
-        if self.owns_all:
-            return owned
-        flat = self._device.zeros((self._params.flat.size,), owned.dtype)
-        for span, part in zip(self.owned, self.owned_by_bucket, strict=True):
-            flat[span] = owned[part]
-        for bucket in self._params.buckets:
-            self._comm.all_gather(flat[bucket])
+    def need(self, bucket: int) -> None:
+        """What comes next has all parameters of a bucket."""
+        if bucket in self._gathering:
+            self._comm.wait(self._gathering.pop(bucket))
+
+    def whole(self, owned: Array) -> np.ndarray:
+        """On rank 0's host: all elements from each rank's `owned` ones (num_owned), in the order of the flat buffers.
+
+        On other ranks zeros, which take no memory until someone writes there. All ranks call it together.
+        """
+        comm = self._comm
+        if self.owns_all and comm.rank == 0:
+            return self._device.to_host(owned)
+        flat = np.zeros(self._params.flat.size, owned.dtype)
+        for part, bucket in zip(self.owned_by_bucket, self._params.buckets, strict=True) if not self.owns_all else ():
+            everyones = flat[bucket].reshape(comm.world, -1)
+            step = max(1, PIECE // comm.world)
+            for start in range(0, everyones.shape[1], step):
+                some = owned[part][start : start + step]
+                piece = self._device.zeros((comm.world, some.size), owned.dtype)
+                piece[comm.rank] = some
+                comm.all_gather(piece.reshape(-1))
+                if comm.rank == 0:
+                    everyones[:, start : start + step] = self._device.to_host(piece)
         return flat
 
-    def restore(self, owned: Array, flat: Array) -> None:
-        """owned (num_owned) = this rank's elements of flat: the inverse of `whole`."""
+    def restore(self, owned: Array, flat: np.ndarray) -> None:
+        """owned (num_owned) = this rank's elements of flat, which lies on the host: the inverse of `whole`."""
         for span, part in zip(self.owned, self.owned_by_bucket, strict=True):
-            owned[part] = flat[span]
+            owned[part] = self._device.to_device(flat[span])
 
 
 def _nothing(bucket: int) -> None:
@@ -145,12 +214,3 @@ def _shares(bucket: slice, comm: Communicator, count: int) -> list[slice]:
     own = _own(bucket, comm)
     size = (own.stop - own.start) // count
     return [slice(own.start + i * size, own.start + (i + 1) * size) for i in range(count)]
-
-
-def _add_in_a_tree(parts: list[Array]) -> None:
-    """parts[0] = the sum of the parts: of neighbours, then of neighbouring sums, and so on. The others are spent."""
-    step = 1
-    while step < len(parts):
-        for i in range(0, len(parts) - step, 2 * step):
-            parts[i] += parts[i + step]
-        step *= 2

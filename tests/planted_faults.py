@@ -48,6 +48,7 @@ TESTS = {
     "linear.cu": "test_linear_backward",
     "norm.cu": "test_global_norm",
     "philox.cuh": "test_adamw_without",
+    "reduce.cu": "test_sum_slices",
     "sampling.cu": "test_sampling",
     "scalars.cu": "test_total",
 }
@@ -406,6 +407,26 @@ FAULTS = (
         ("blocks that overlap", "min(start + per_block, n)", "n"),
         ("threads that overlap", "i += blockDim.x * PACK", "i += blockDim.x"),
         ("the first thread's sum for the block's", "block_sum(static_cast<double>(sum))", "sum"),
+    ),
+    *_in(
+        "reduce.cu reduce_sum_slices",
+        ("= for +=", "add ? load(out + i) : Pack{}", "Pack{}"),
+        ("+= for =", "add ? load(out + i) : Pack{}", "load(out + i)"),
+        ("a slice too many", "first + k < W ?", "first + k <= W ?"),
+        ("the first group only", "first += GROUP", "first += W"),
+        ("the slices' distance forgotten", "(first + k) * n + i", "first + k + i"),
+        ("a level of the tree lost", "step < GROUP", "step < GROUP / 2"),
+        (
+            "rounded twice",
+            "        for (int j = 0; j < PACK; j++) sum.x[j] += group[0].x[j];\n",
+            "        store(out + i, group[0]);\n        const Pack part = load(out + i);\n"
+            "        for (int j = 0; j < PACK; j++) sum.x[j] += part.x[j];\n",
+        ),
+        (
+            "one after another for a tree",
+            "group[k].x[j] += group[k + step].x[j]",
+            "group[0].x[j] += group[k + step].x[j]",
+        ),
     ),
     *_in(
         "sampling.cu weight",

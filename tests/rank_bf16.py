@@ -34,7 +34,7 @@ with ending_together(comm), on("forward"):
         **{"B": share, "T": T, "dtype": BF16, "grad_dtype": grad_dtype, "shares": comm.world},
         grad_slots=slots_by_turns if stage == 2 and comm.world > 1 else own_slot,
     )
-    zero = Zero(comm, model.params, model.lanes, stage, dev)
+    zero = Zero(comm, model.params, model.lanes, stage, operations, dev)
     run = RunConfig(B=share, T=T, weight_decay=0.1)
     optimizer = AdamW(model.params, decayed(CONFIG), zero, run, operations, dev)
     values = {name: np.zeros(view.shape, F32) for name, view in model.params.views.items()}

@@ -23,7 +23,7 @@ from tests.test_ranks import CONFIG, GLOBAL_BATCH, STEPS, T
 
 comm = connect(os.environ)
 with ending_together(comm):
-    target, shard, stage = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    target, shard, stage, reduce = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     dev, operations = device.load("numpy"), ops.load("numpy")
     B = GLOBAL_BATCH // comm.world
     model = GPT2(
@@ -32,7 +32,7 @@ with ending_together(comm):
         grad_slots=slots_by_turns if stage == 2 and comm.world > 1 else own_slot,
     )
     make_parameters(CONFIG, model.params.views)
-    zero = Zero(comm, model.params, model.lanes, stage, dev)
+    zero = Zero(comm, model.params, model.lanes, stage, operations, dev, by_library=reduce == "nccl")
     run = RunConfig(B=B, T=T, weight_decay=0.1)
     optimizer = AdamW(model.params, decayed(CONFIG), zero, run, operations, dev, np.float64)
     loader = Loader(Samples([open_shard(shard)], T), B, seed=1, rank=comm.rank, world=comm.world)

@@ -232,6 +232,9 @@ class Memory(np.ndarray):
         self.gpu.run(lambda: np.add(self, other, out=self))
         return self
 
+    def __setitem__(self, where, values):
+        self.gpu.run(lambda: np.ndarray.__setitem__(self, where, values))
+
 
 @pytest.fixture
 def train_by_shim(gpu, tmp_path):

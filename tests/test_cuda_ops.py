@@ -634,6 +634,19 @@ def test_global_norm(twin, sizes, dtype):
         np.testing.assert_allclose(twin.get(out), exact, rtol=34 * EPS32)
 
 
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", GRAD_DTYPES)
+def test_sum_slices(twin, sizes, dtype, add):
+    """Bit for bit what numpy gives: the same additions of fp32 numbers, in the same order, and one rounding."""
+    for W, n in sizes((1, 8), (3, 128), (8, 40), (9, 2056), (19, 16), None, (4, 10_000_000), (8, 1_000_000)):
+        slices, before = normal(W, n) * 2.0 ** RNG.integers(-12, 12, (W, 1)), normal(n)
+        out = twin.put(before, dtype)
+        CUDA.reduce.sum_slices(out, twin.put(slices, dtype), add)
+        exact = before.astype(dtype)
+        EXACT.reduce.sum_slices(exact, slices.astype(dtype), add)
+        np.testing.assert_array_equal(twin.get(out), exact.astype(np.float64))
+
+
 def test_total(twin):
     for n in (1, 5, 1000):
         parts, out = normal(n), twin.put(np.array(np.nan), np.float64)

@@ -22,9 +22,9 @@ def machine(monkeypatch):
     return pretend
 
 
-def choose(wanted, world=1):
+def choose(wanted):
     said = []
-    return device.choose(wanted, world, said.append), said
+    return device.choose(wanted, said.append), said
 
 
 def test_a_gpu_is_taken_unless_the_cpu_is_asked_for(machine):
@@ -51,13 +51,26 @@ def test_where_there_is_a_driver_the_cpu_is_not_taken_in_silence(machine):
         choose("cuda")
 
 
-def test_several_ranks_are_on_the_cpu_so_far(machine):
-    machine(driver=True, problem="")
-    where, said = choose("auto", world=2)
-    assert where == "numpy"
-    assert "several ranks" in said[0]
-    with pytest.raises(UsageError, match="several ranks"):
-        choose("cuda", world=2)
+def test_each_rank_takes_a_gpu_of_those_it_sees(monkeypatch):
+    taken = []
+
+    class Device:
+        def __init__(self, index):
+            self.id, self.pci_bus_id = index, f"0000:0{index}:00.0"
+
+        def use(self):
+            taken.append(self.id)
+
+    properties = {"uuid": b"same for all"}
+    runtime = SimpleNamespace(getDeviceCount=lambda: 2, getDeviceProperties=lambda index: properties)
+    pretended = ModuleType("cupy.cuda")
+    pretended.Device, pretended.runtime = Device, runtime
+    monkeypatch.setitem(sys.modules, "cupy", ModuleType("cupy"))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", pretended)
+    names, counts = zip(*map(cuda.take, range(3)), strict=True)
+    assert taken == [0, 1, 0]
+    assert names[0] == names[2] != names[1]
+    assert counts == (2, 2, 2)
 
 
 @pytest.mark.skipif(not device.cuda_problem(), reason="there is a GPU here")

@@ -34,7 +34,8 @@ def build(run, config, dev, operations, world):
         shares=run.lanes or world,
         grad_slots=gpt2.slots_by_turns if run.shards_gradients(world) else own_slot,
     )
-    zero = Zero(Ranks(world), model.params, model.lanes, run.zero_stage, dev)
+    exchanged = Ranks(world), model.params, model.lanes, run.zero_stage
+    zero = Zero(*exchanged, operations, dev, by_library=run.reduce == "nccl")
     return AdamW(model.params, gpt2.decayed(config), zero, run, operations, dev)
 
 
@@ -48,6 +49,7 @@ def build(run, config, dev, operations, world):
         (4, {"zero_stage": 2}),
         (1, {"lanes": 4, "total_batch": 128}),
         (2, {"lanes": 4, "total_batch": 128, "zero_stage": 1}),
+        (4, {"reduce": "nccl", "zero_stage": 1}),
         (1, {"master_weights": False}),
         (1, {"grad_dtype": "fp32", "recompute": 2}),
         (4, {"grad_dtype": "fp32", "zero_stage": 2}),
@@ -72,7 +74,8 @@ def test_the_memory_report_is_what_a_run_takes(backend, L, world, options):
         patch.setattr(kernels.KERNELS, "load", lambda *_: None)
         reported = memory_by_class(run, config, dev, operations, world)
         build(run, config, dev, operations, world)
-    elsewhere = dev.OVERHEAD_BYTES + (cublaslt.WORKSPACE_BYTES if backend == "cuda" else 0)
+    overhead = dev.OVERHEAD_BYTES + (dev.OVERHEAD_OF_RANKS if world > 1 else 0)
+    elsewhere = overhead + (cublaslt.WORKSPACE_BYTES if backend == "cuda" else 0)
     assert 0 <= taken - (sum(reported.values()) - elsewhere) < 8192  # scalars, and the guard's windows
 
 
@@ -119,14 +122,14 @@ def test_tensors_of_one_region_share_the_memory_of_the_largest():
 
 
 def test_buckets_of_one_slot_take_the_same_memory():
-    tensors = [Tensor(f"{bucket}", (100 * (bucket + 1),), np.float32, bucket) for bucket in range(4)]
+    tensors = [Tensor(f"{bucket}", (100 * (bucket + 1),), np.float32, bucket) for bucket in range(5)]
     apart, by_turns = Arena(tensors, zeros, 3), Arena(tensors, zeros, 3, gpt2.slots_by_turns)
     lengths = [[span.stop - span.start for span in arena.buckets] for arena in (apart, by_turns)]
     assert lengths[0] == lengths[1]
     assert all(length % (3 * ALIGNMENT) == 0 for length in lengths[0])
     by_turns.views["1"][...] = 1
-    assert by_turns.views["3"][:200].tolist() == [1] * 200
-    assert not by_turns.views["2"].any()
-    assert not by_turns.views["0"].any()
-    assert by_turns.nbytes == 4 * (lengths[0][0] + lengths[0][2] + lengths[0][3])
+    assert by_turns.views["4"][:200].tolist() == [1] * 200
+    for other in "023":
+        assert not by_turns.views[other].any()
+    assert by_turns.nbytes == 4 * (lengths[0][0] + lengths[0][2] + lengths[0][3] + lengths[0][4])
     assert apart.nbytes == 4 * sum(lengths[0])

@@ -204,6 +204,35 @@ def test_global_norm():
     np.testing.assert_allclose(out, (grads.astype(np.float64) ** 2).sum(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("W", [1, 2, 3, 8, 9, 17])
+def test_sum_slices(W):
+    slices, before = normal(W, 300), normal(300)
+    for add in (False, True):
+        out = before.copy()
+        OPS.reduce.sum_slices(out, slices, add)
+        np.testing.assert_allclose(out, slices.sum(axis=0) + add * before, rtol=0, atol=1e-13)
+
+
+def test_sum_slices_rounds_bfloat16_once():
+    """256 + 1 is 256 in bfloat16, and 256 + 1 + 1 is 258."""
+    slices = np.array([[256.0], [1.0], [1.0]]).astype("bfloat16")
+    for add, expected in ((False, 258.0), (True, 260.0)):
+        out = np.full(1, 2.0).astype("bfloat16")
+        OPS.reduce.sum_slices(out, slices, add)
+        assert out.dtype == slices.dtype
+        assert out[0] == expected
+
+
+def test_sum_slices_has_one_order():
+    """A tree of neighbours among eight, then the next eight: each of these sums depends on where it is rounded."""
+    slices = normal(11, 64).astype(np.float32) * np.float32(2) ** np.arange(11, dtype=np.float32)[:, None]
+    s = list(slices)
+    first = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
+    out = np.empty(64, np.float32)
+    OPS.reduce.sum_slices(out, slices)
+    np.testing.assert_array_equal(out, first + ((s[8] + s[9]) + s[10]))
+
+
 BETAS = {"beta1": 0.9, "beta2": 0.95}
 
 

@@ -31,7 +31,7 @@ def make(seed: int = 0, dtype=np.float32, **options) -> tuple[AdamW, Arena, Aren
     for arena in (params, grads):
         for view in arena.views.values():
             view[...] = rng.normal(size=view.shape)
-    zero = Zero(OneRank(), params, [grads], 0, NUMPY)
+    zero = Zero(OneRank(), params, [grads], 0, OPS, NUMPY)
     optimizer = AdamW(params, decayed(CONFIG), zero, RunConfig(**options), OPS, NUMPY, dtype)
     return optimizer, params, grads
 

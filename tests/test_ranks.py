@@ -29,7 +29,7 @@ T, GLOBAL_BATCH, STEPS = 16, 24, 10
 WORLDS = (1, 2, 3, 4, 8)
 
 # 24 sequences of 16 tokens in every step, however they are shared out
-OPTIONS = ("-e", "l2h2c16", "-t", 16, "-d", 384, "-l", 1e-2, "-v", 4, "-m", -1, "-s", 0, "-x", 8)
+OPTIONS = ("--device", "cpu", "-e", "l2h2c16", "-t", 16, "-d", 384, "-l", 1e-2, "-v", 4, "-m", -1, "-s", 0, "-x", 8)
 
 
 def start(world: int, *args: object, program: Path = TRAIN) -> subprocess.Popen:
@@ -70,11 +70,11 @@ def one_rank_in_float64(shards_dir, tmp_path_factory) -> dict[str, np.ndarray]:
     return in_float64(1, 0, shards_dir, tmp_path_factory.mktemp("one"))
 
 
-def in_float64(world: int, stage: int, shards_dir: Path, folder: Path) -> dict[str, np.ndarray]:
+def in_float64(world: int, stage: int, shards_dir: Path, folder: Path, reduce: str = "owner") -> dict[str, np.ndarray]:
     """Gradients of the first step, losses, and the parameters in the end: see rank_gradients.py."""
     target = folder / "results.npz"
     program = ROOT / "tests/rank_gradients.py"
-    result = run(world, target, shards_dir / "train_000000.bin", stage, program=program)
+    result = run(world, target, shards_dir / "train_000000.bin", stage, reduce, program=program)
     assert result.code == 0, result.err
     with np.load(target) as arrays:
         return dict(arrays)
@@ -88,7 +88,16 @@ def test_gradients_and_parameters_are_those_of_one_rank(world, stage, shards_dir
     The key bias's true gradient is zero: what is computed is rounding, about 1e-17 here. AdamW divides it by its own
     size plus eps = 1e-8, so 10 steps at a rate of 1e-2 move that bias by 1e-17 / 1e-8 * 1e-2 * 10 = 1e-10 at random.
     """
-    found = in_float64(world, stage, shards_dir, tmp_path)
+    assert_those_of_one_rank(in_float64(world, stage, shards_dir, tmp_path), one_rank_in_float64)
+
+
+@pytest.mark.parametrize(("world", "stage"), [(2, 0), (3, 1), (4, 2)])
+def test_the_library_adds_up_as_well(world, stage, shards_dir, tmp_path, one_rank_in_float64):
+    """--reduce nccl: an order of its own, so the bound is the same."""
+    assert_those_of_one_rank(in_float64(world, stage, shards_dir, tmp_path, "nccl"), one_rank_in_float64)
+
+
+def assert_those_of_one_rank(found: dict[str, np.ndarray], one_rank_in_float64: dict[str, np.ndarray]) -> None:
     assert found.keys() == one_rank_in_float64.keys()
     for name, expected in one_rank_in_float64.items():
         error = np.abs(found[name] - expected)
@@ -119,8 +128,8 @@ def one_rank_in_bf16(tmp_path_factory) -> dict[str, np.ndarray]:
 def test_in_bf16_the_stages_give_the_same_bits_and_the_gradients_of_one_rank(world, tmp_path, one_rank_in_bf16):
     """On the CUDA operations, with masters. One rank rounds a gradient to bf16 once, several round theirs and the sums.
 
-    So a tensor's gradients are off by the roundings of the parts, each at most 2^-8 of its size, and log2(world) more
-    of the sums'; as a norm, and the parts being no larger than some times the whole, within 2^-8 (1 + world).
+    So a tensor's gradients are off by the roundings of the parts, each at most 2^-8 of its size, and one more of the
+    sum's; as a norm, and the parts being no larger than the whole, within 2^-8 (1 + world).
     """
     first, *others = (in_bf16(world, stage, tmp_path) for stage in (0, 1, 2))
     for other in others:
@@ -239,7 +248,26 @@ def test_state_moves_between_numbers_of_ranks_bit_for_bit(shards_dir, tmp_path):
 def test_the_reference_command_on_eight_ranks(shards_dir, tmp_path):
     """As it is given for eight GPUs, but for the sizes: the model's, the batch's, and how long it goes on."""
     reference = "-r 1 -z 1 -c 0.1 -l 0.0006 -q 0.0 -u 700 -n 5000 -v 250 -s 20000".split()
-    small = ("-e", "l2h2c16", "-b", 2, "-t", 16, "-d", 512, "-x", 6, "-m", 1, "-g", 4, "-o", tmp_path / "run")
+    small = (
+        "--device",
+        "cpu",
+        "-e",
+        "l2h2c16",
+        "-b",
+        2,
+        "-t",
+        16,
+        "-d",
+        512,
+        "-x",
+        6,
+        "-m",
+        1,
+        "-g",
+        4,
+        "-o",
+        tmp_path / "run",
+    )
     result = run(8, *data(shards_dir), *reference, *small)
     assert result.code == 0, result.err
     assert "8 ranks x 2 x 2 sequences of 16" in result.out
@@ -261,6 +289,7 @@ def test_only_rank_0_speaks(shards_dir, tmp_path):
     [
         (("-i", "nothing.bin", "-v", 0), 3, "nothing.bin"),
         (("-z", 2, "--lanes", 2), 2, "-z 2"),
+        (("--reduce", "nccl", "--lanes", 2), 2, "--reduce nccl"),
         (("-b", 7), 2, "-b 7 x"),
         (("-b", 24), 2, "2 ranks x -b 24"),
         (("-b", 0), 2, "-b must be"),

@@ -246,7 +246,7 @@ def training_in_float64(folder: Path, run: RunConfig) -> Training:
     for name, view in model.params.views.items():
         view[...] = host.views[name]
     samples = Samples([open_shard(path) for path in sorted(folder.glob("train_*.bin"))], run.T)
-    zero = Zero(OneRank(), model.params, model.lanes, run.zero_stage, dev)
+    zero = Zero(OneRank(), model.params, model.lanes, run.zero_stage, operations, dev)
     return Training(
         run=run,
         comm=OneRank(),

@@ -3,20 +3,31 @@
 What a communicator offers, each a collective that all ranks call in the same order:
 
     rank, world               this one's number, and how many there are
+    local_rank, local_world   the same among those on this machine
     exchange(out, inp)        out (world, n) = what every rank has for this one: its inp (world, n) in this rank's row
+    reduce_scatter(buffer)    buffer (world * n): this rank's n elements become the sum of all ranks' there
     all_gather(buffer)        buffer (world * n) holds, in each rank's n elements, what that rank has there
-    gather(values)            float64 (world, n): every rank's values, float64 (n)
+    gather(values)            float64 (world, n): every rank's values, float64 (n), where those are: a host's or a GPU's
     barrier()                 returns when all have called it
     pulse(values)             (not a collective, and on a thread of its own) sends values to all others, and gives
                               (rank, values) of what has come from them since, oldest first
     abort(code)               ends every rank at once (not a collective: one rank calls it)
 
-None of them adds anything up: sums are made where their order is known, so the same inputs give the same bits,
-whatever library carries them.
+On GPUs a collective, as every operation, is only given to the device, which does it in its turn. So one can go on
+beside the computing that does not need it:
+
+    with aside():             what the device is given in here, operations too, comes after all that it was given
+                              before, and runs beside what it is given later
+    mark()                    what has been put aside so far
+    wait(mark)                what the device is given from now on comes after that
+    join()                    what the device is given from now on comes after all that was put aside
+
+Only reduce_scatter adds anything up, in its library's order. Other sums are made where their order is known, so the
+same inputs give the same bits, whatever library carries them.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,13 +42,20 @@ class Communicator(Protocol):
 
     rank: int
     world: int
+    local_rank: int
+    local_world: int
 
     def exchange(self, out: Any, inp: Any) -> None: ...
+    def reduce_scatter(self, buffer: Any) -> None: ...
     def all_gather(self, buffer: Any) -> None: ...
-    def gather(self, values: np.ndarray) -> np.ndarray: ...
+    def gather(self, values: Any) -> Any: ...
     def barrier(self) -> None: ...
     def pulse(self, values: np.ndarray) -> list[tuple[int, np.ndarray]]: ...
     def abort(self, code: int) -> None: ...
+    def aside(self) -> AbstractContextManager[None]: ...
+    def mark(self) -> Any: ...
+    def wait(self, mark: Any) -> None: ...
+    def join(self) -> None: ...
 
 
 def connect(environ: Mapping[str, str]) -> Communicator:
@@ -59,6 +77,14 @@ def connect(environ: Mapping[str, str]) -> Communicator:
             f"mpi4py, which uses {comm.library}. Start with the mpirun of that one"
         )
     return comm
+
+
+def on_gpus(comm: Communicator) -> Communicator:
+    """The same ranks for arrays on GPUs, each on one of its own, which is current. UsageError if NCCL can't do it."""
+    from engine.comm.nccl import NCCLRanks, new_id
+
+    assert not isinstance(comm, OneRank)
+    return NCCLRanks(comm, from_rank_0(comm, new_id() if comm.rank == 0 else b""))
 
 
 @contextmanager

@@ -6,17 +6,21 @@ import time
 import numpy as np
 from mpi4py import MPI
 
+from engine.comm.one import InOrder
 from engine.errors import UsageError
 
 FORWARDING = 0.3  # seconds for mpirun to pass on what a rank has printed: after an abort it throws the rest away
 
 
-class MPIRanks:
+class MPIRanks(InOrder):
     """The ranks of MPI_COMM_WORLD. Buffers are numpy arrays of any real dtype, bfloat16 among them."""
 
     def __init__(self) -> None:
         self._comm = MPI.COMM_WORLD
         self.rank, self.world = self._comm.rank, self._comm.size
+        neighbours = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local_rank, self.local_world = neighbours.rank, neighbours.size
+        neighbours.Free()
         self.library = MPI.Get_library_version().splitlines()[0]
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             raise UsageError(f"{self.library} was built without threads, which the watchdog needs: take another MPI")
@@ -25,6 +29,13 @@ class MPIRanks:
 
     def exchange(self, out: np.ndarray, inp: np.ndarray) -> None:
         self._comm.Alltoall(_known(inp), _known(out))
+
+    def reduce_scatter(self, buffer: np.ndarray) -> None:
+        """Of dtypes that MPI can add: float32 and float64."""
+        own = np.split(buffer, self.world)[self.rank]
+        total = np.empty_like(own)
+        self._comm.Reduce_scatter_block(buffer, total)
+        own[...] = total
 
     def all_gather(self, buffer: np.ndarray) -> None:
         self._comm.Allgather(MPI.IN_PLACE, _known(buffer))

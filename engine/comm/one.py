@@ -1,18 +1,41 @@
 """A single rank: everything is there already."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 
-class OneRank:
+class InOrder:
+    """Ranks whose collectives are done when they return, or that have none: nothing runs beside anything."""
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        yield
+
+    def mark(self) -> Any:
+        return None
+
+    def wait(self, mark: Any) -> None:
+        pass
+
+    def join(self) -> None:
+        pass
+
+
+class OneRank(InOrder):
     """The communicator of a run without company."""
 
     rank, world = 0, 1
+    local_rank, local_world = 0, 1
 
     def exchange(self, out: Any, inp: Any) -> None:
         out[...] = inp
+
+    def reduce_scatter(self, buffer: Any) -> None:
+        pass
 
     def all_gather(self, buffer: Any) -> None:
         pass

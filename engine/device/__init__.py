@@ -6,7 +6,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from engine.config import LATER
 from engine.errors import UsageError
 
 DOCTOR = "python -m engine.doctor says what is there and what is missing"
@@ -22,7 +21,7 @@ def eagerly(function: Callable[..., None], *args: Any) -> None:
     function(*args)
 
 
-def choose(wanted: str, world: int, say: Callable[[str], None]) -> str:
+def choose(wanted: str, say: Callable[[str], None]) -> str:
     """The device that --device means, for `load`: "numpy" or "cuda".
 
     auto is the GPU where one can train, else the CPU; where there is a driver for a GPU, it says why the GPU is not
@@ -30,7 +29,7 @@ def choose(wanted: str, world: int, say: Callable[[str], None]) -> str:
     """
     if wanted == "cpu":
         return "numpy"
-    problem = f"training by several ranks on GPUs {LATER}" if world > 1 else cuda_problem()
+    problem = cuda_problem()
     if not problem:
         return "cuda"
     if wanted == "cuda":

@@ -1,5 +1,6 @@
 """The CUDA device: arrays are CuPy arrays, on the GPU that is current; everything is put on the current stream."""
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,6 +15,8 @@ NAME = "the GPU"
 COMPUTE_DTYPE = np.dtype(ml_dtypes.bfloat16)  # of parameters, gradients and activations in a run
 WORKS_ALONE = True  # whether it computes while the host goes on
 OVERHEAD_BYTES = 512 << 20  # of memory that a run takes besides its arrays: the code of kernels and of cublasLt
+OVERHEAD_OF_RANKS = 1 << 30  # the same, where there are several: NCCL's buffers
+SHARED_BY_RANKS = False  # whether those on one machine take their memory from the same
 
 Array = Any
 
@@ -184,6 +187,20 @@ def seconds_between(start: Any, end: Any) -> float:
 
     end.synchronize()
     return cupy.cuda.get_elapsed_time(start, end) / 1000
+
+
+def take(local_rank: int) -> tuple[bytes, int]:
+    """Makes a GPU the current one: of those that this process sees the local_rank-th, beginning anew behind the last.
+
+    (What tells it from all other GPUs, how many this process sees.)
+    """
+    from cupy.cuda import Device, runtime
+
+    count = runtime.getDeviceCount()
+    device = Device(local_rank % count)
+    device.use()
+    name = socket.gethostname(), device.pci_bus_id, runtime.getDeviceProperties(device.id)["uuid"]
+    return repr(name).encode(), count
 
 
 def compute_capability() -> int:

@@ -16,6 +16,8 @@ NAME = "the CPU"
 COMPUTE_DTYPE = np.float32  # of parameters, gradients and activations in a run
 WORKS_ALONE = False  # whether it computes while the host goes on
 OVERHEAD_BYTES = 0  # of memory that a run takes besides its arrays
+OVERHEAD_OF_RANKS = 0  # the same, where there are several
+SHARED_BY_RANKS = True  # whether those on one machine take their memory from the same
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

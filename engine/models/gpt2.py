@@ -126,12 +126,12 @@ def parameter_table(config: GPT2Config) -> Iterator[tuple[str, Parameter, int]]:
 
 
 def slots_by_turns(bucket: int) -> int:
-    """Memory for gradients that are taken away as soon as they are ready: two layers' by turns, and the embedding's.
+    """Memory for gradients that are taken away as soon as they are ready: three layers' by turns, and the embedding's.
 
-    Two, because a layer's backward gives the first gradient of the layer below; the embedding is also the classifier,
-    whose gradient comes first, and is ready last.
+    Three, because a layer's backward gives the first gradient of the layer below, while those of the layer above are
+    still being taken away. The embedding is also the classifier, whose gradient comes first, and is ready last.
     """
-    return 0 if bucket == 0 else 1 + bucket % 2
+    return 0 if bucket == 0 else 1 + bucket % 3
 
 
 def parameter_tensors(config: GPT2Config, dtype: Any) -> list[Tensor]:
@@ -184,7 +184,8 @@ class GPT2:
     params: arena of the parameter table, whose buckets divide into `shares` parts. lanes: arenas like it for gradients,
     which accumulate over backward calls until `zero_grads`; grads is the first, and most runs have no other. They are
     of grad_dtype, if that is given, else of dtype, as the activations are. With grad_slots=slots_by_turns on_ready must
-    take a bucket's gradients away, and leave zeros.
+    take a bucket's gradients away, and leave zeros, before it returns for the bucket after it.
+    on_need(bucket) is called before forward reads the parameters of a bucket, first layer first.
     """
 
     def __init__(
@@ -217,6 +218,7 @@ class GPT2:
             activation_tensors(config, B=B, T=T, **self._activation_options),
             device.zeros,
         )
+        self.on_need: Callable[[int], None] = lambda bucket: None
         self._p, self._g = self._by_layer(self.params.views), [self._by_layer(lane.views) for lane in self.lanes]
         self._a: dict[tuple[int, int], SimpleNamespace] = {}
 
@@ -227,9 +229,11 @@ class GPT2:
     def forward(self, inp: Array) -> Array:
         """logits (B,T,Vp) of the tokens inp (B,T) int32; everything that backward needs is kept."""
         ops, p, a = self.ops, self._p, self._activations(inp.shape)
+        self.on_need(0)
         ops.embedding.forward(a.encoded, inp, p.wte, p.wpe)
         x = a.encoded
-        for pl, al in zip(p.h, a.h, strict=True):
+        for layer, (pl, al) in enumerate(zip(p.h, a.h, strict=True)):
+            self.on_need(layer + 1)
             self._block_forward(x, pl, al)
             x = al.out
         ops.layernorm.forward(a.lnf, a.lnf_mean, a.lnf_rstd, x, p.lnfw, p.lnfb)

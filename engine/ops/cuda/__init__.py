@@ -20,6 +20,7 @@ from engine.ops.cuda import (
     layernorm,
     linear,
     norm,
+    reduce,
     sampling,
     scalars,
     scratch,
@@ -35,6 +36,7 @@ __all__ = [
     "layernorm",
     "linear",
     "norm",
+    "reduce",
     "sampling",
     "scalars",
 ]
@@ -82,6 +84,7 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
         ("layernorm", {}, layernorm.packs(dims["C"]) | grads),
         ("linear", grads),
         ("norm", grads),
+        ("reduce", grads),
         ("sampling", {}),
         ("scalars", {}),
     ):

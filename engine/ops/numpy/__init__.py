@@ -18,6 +18,7 @@ from engine.ops.numpy import (
     layernorm,
     linear,
     norm,
+    reduce,
     sampling,
     scalars,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "layernorm",
     "linear",
     "norm",
+    "reduce",
     "sampling",
     "scalars",
 ]

@@ -1,0 +1,267 @@
+"""GPUs of several ranks on CPUs: CuPy's streams, events and NCCL as far as engine/comm/nccl.py needs them.
+
+Arrays are numpy's, MPI carries them, and kernels run by the shim. What a GPU is given is done at once. But every access
+to memory is noted with the stream that makes it, and the vector clocks of streams say what a GPU might do at the same
+time (Lamport 1978; Mattern 1989): two accesses to the same memory, one of which writes, without an event between them,
+end the program as a race.
+"""
+
+import ctypes
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from engine import device, training
+from engine.device import cublaslt, cuda, kernels
+from tests import twins
+
+# NCCL's numbers, as nccl.h gives them
+CODES = {7: np.dtype(np.float32), 8: np.dtype(np.float64), 9: np.dtype(ml_dtypes.bfloat16)}
+SUM = 0
+ID = bytes(range(128))
+DEFAULT_STREAM, SIDE_STREAM = 0, 77
+
+
+class Access(NamedTuple):
+    """Of a stream to the bytes from start to end, at a tick of its clock."""
+
+    start: int
+    end: int
+    writes: bool
+    stream: int
+    tick: int
+    what: str
+
+
+class Gpu:
+    """One rank's: what its streams have done, and what of that each of them knows to be done."""
+
+    def __init__(self) -> None:
+        self.current = DEFAULT_STREAM
+        self.clocks = {stream: dict.fromkeys((DEFAULT_STREAM, SIDE_STREAM), 0) for stream in (0, SIDE_STREAM)}
+        self.beside = 0  # how many operations were given to the side stream
+        self._accesses: list[Access] = []
+
+    def do(self, what: str, reads: Sequence[Any], writes: Sequence[Any], stream: int | None = None) -> None:
+        """An operation is given to a stream, the current one unless it is named. AssertionError if it races."""
+        stream = self.current if stream is None else stream
+        clock = self.clocks[stream]
+        clock[stream] += 1
+        self.beside += stream == SIDE_STREAM
+        for arrays, is_write in ((reads, False), (writes, True)):
+            for array in arrays:
+                if isinstance(array, np.ndarray) and array.size:
+                    start = array.ctypes.data
+                    mine = Access(start, start + array.nbytes, is_write, stream, clock[stream], what)
+                    for other in self._accesses:
+                        meets = other.start < mine.end and mine.start < other.end
+                        knows = clock[other.stream] >= other.tick
+                        assert not meets or knows or not (is_write or other.writes), f"race: {what} and {other.what}"
+                    self._accesses.append(mine)
+        known = {s: min(each[s] for each in self.clocks.values()) for s in self.clocks}
+        self._accesses = [access for access in self._accesses if access.tick > known[access.stream]]
+
+
+GPU = Gpu()
+
+
+class Memory(np.ndarray):
+    """A GPU's memory."""
+
+    @property
+    def data(self) -> Any:
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+    def fill(self, value: Any) -> None:
+        GPU.do("fill", [], [self])
+        np.ndarray.fill(self, value)
+
+    def __setitem__(self, where: Any, values: Any) -> None:
+        GPU.do("copy", [values], [self[where]])
+        np.ndarray.__setitem__(self, where, values)
+
+
+def zeros(shape: Any, dtype: Any) -> Memory:
+    """As a pool of memory gives it: what was there before is of no concern."""
+    return np.zeros(shape, dtype).view(Memory)
+
+
+class Event:
+    def __init__(self, disable_timing: bool = False):
+        self.clock: dict[int, int] = {}
+
+
+class Stream:
+    def __init__(self, non_blocking: bool = False, priority: int = 0, ptr: int = SIDE_STREAM):
+        assert non_blocking or ptr == DEFAULT_STREAM  # another kind would wait for the default stream
+        self.ptr = ptr
+        self._before: list[int] = []
+
+    def record(self, event: Event) -> Event:
+        event.clock = dict(GPU.clocks[self.ptr])
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        clock = GPU.clocks[self.ptr]
+        for stream, tick in event.clock.items():
+            clock[stream] = max(clock[stream], tick)
+
+    def __enter__(self) -> "Stream":
+        self._before.append(GPU.current)
+        GPU.current = self.ptr
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        GPU.current = self._before.pop()
+
+
+class NcclError(RuntimeError):
+    pass
+
+
+def _memory(address: int, count: int, code: int) -> np.ndarray:
+    dtype = CODES[code]
+    buffer = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return np.frombuffer(buffer, np.uint8).view(dtype)
+
+
+class NcclCommunicator:
+    """Carried by MPI. What one rank sends must be what the other expects, in number and kind."""
+
+    def __init__(self, world: int, unique_id: bytes, rank: int):
+        self._mpi = MPI.COMM_WORLD.Dup()
+        assert (world, rank) == (self._mpi.size, self._mpi.rank)
+        if unique_id != ID:
+            raise NcclError("NCCL_ERROR_INVALID_ARGUMENT: no such unique id")
+
+    def send(self, address: int, count: int, code: int, peer: int, stream: int) -> None:
+        _group().append(("send", self, address, count, code, peer, stream))
+
+    def recv(self, address: int, count: int, code: int, peer: int, stream: int) -> None:
+        _group().append(("recv", self, address, count, code, peer, stream))
+
+    def exchange(self, calls: list[tuple]) -> None:
+        """What a group has collected."""
+        sends, recvs = (
+            {peer: (address, count, code, stream) for kind, _, address, count, code, peer, stream in calls if kind == k}
+            for k in ("send", "recv")
+        )
+        assert len(sends) + len(recvs) == len(calls)
+        everyones = self._mpi.allgather({peer: call[1:3] for peer, call in sends.items()})
+        for peer, (_, count, code, _) in recvs.items():
+            assert everyones[peer][self._mpi.rank] == (count, code), "sent and received differ"
+        requests = []
+        for peer, (address, count, code, stream) in sends.items():
+            sent = _memory(address, count, code)
+            GPU.do("send", [sent], [], stream)
+            requests.append(self._mpi.Isend(sent.view(np.uint8).copy(), peer))
+        for peer, (address, count, code, stream) in recvs.items():
+            received = _memory(address, count, code)
+            GPU.do("recv", [], [received], stream)
+            self._mpi.Recv(received.view(np.uint8), peer)
+        MPI.Request.Waitall(requests)
+
+    def allGather(self, address: int, out: int, count: int, code: int, stream: int) -> None:
+        self._alike("allGather", count, code)
+        sent, received = _memory(address, count, code), _memory(out, count * self._mpi.size, code)
+        GPU.do("allGather", [sent], [received], stream)
+        self._mpi.Allgather(sent.view(np.uint8).copy(), received.view(np.uint8))
+
+    def reduceScatter(self, address: int, out: int, count: int, code: int, op: int, stream: int) -> None:
+        self._alike("reduceScatter", count, code, op)
+        assert op == SUM
+        sent, received = _memory(address, count * self._mpi.size, code), _memory(out, count, code)
+        GPU.do("reduceScatter", [sent], [received], stream)
+        total = np.zeros(sent.size)
+        self._mpi.Allreduce(sent.astype(np.float64), total)
+        received[...] = total[self._mpi.rank * count :][:count]
+
+    def _alike(self, *call: Any) -> None:
+        assert self._mpi.allgather(call) == [call] * self._mpi.size, "ranks call different collectives"
+
+
+_groups: list[list[tuple]] = []
+
+
+def _group() -> list[tuple]:
+    assert _groups, "outside a group each would wait for the other"
+    return _groups[-1]
+
+
+def _group_end() -> None:
+    calls = _groups.pop()
+    calls[0][1].exchange(calls)
+
+
+def _cupy() -> dict[str, ModuleType]:
+    nccl = ModuleType("cupy.cuda.nccl")
+    vars(nccl).update(
+        available=True,
+        NCCL_FLOAT32=7,
+        NCCL_FLOAT64=8,
+        NCCL_BFLOAT16=9,
+        NCCL_SUM=SUM,
+        NcclCommunicator=NcclCommunicator,
+        NcclError=NcclError,
+        get_unique_id=lambda: ID,
+        groupStart=lambda: _groups.append([]),
+        groupEnd=_group_end,
+    )
+    streams = {DEFAULT_STREAM: Stream(ptr=DEFAULT_STREAM), SIDE_STREAM: Stream(non_blocking=True)}
+    cuda_module = ModuleType("cupy.cuda")
+    vars(cuda_module).update(
+        nccl=nccl, Stream=Stream, Event=Event, get_current_stream=lambda: streams[GPU.current], __path__=[]
+    )
+    cupy = ModuleType("cupy")
+    vars(cupy).update(ndarray=Memory, zeros=zeros, cuda=cuda_module, __path__=[])
+    return {"cupy": cupy, "cupy.cuda": cuda_module, "cupy.cuda.nccl": nccl}
+
+
+class _Kernels(kernels.Kernels):
+    """The shim's, whose arguments are noted: a source says which of them it only reads."""
+
+    def launch(self, source: str, name: str, grid: Any, block: Any, *args: Any, **options: Any) -> None:
+        _, parameters = self.load(source, options.get("defines") or {})
+        pointers = [(p, arg) for p, arg in zip(parameters[name], args, strict=True) if p.pointer]
+        reads, writes = ([arg for p, arg in pointers if p.const == const] for const in (True, False))
+        GPU.do(name, reads, writes)
+        super().launch(source, name, grid, block, *args, **options)
+
+
+def _matmul(out: Any, a: Any, b: Any, **options: Any) -> None:
+    written = options.get("pre_gelu")
+    reads = [value for name, value in options.items() if name != "pre_gelu"]
+    GPU.do("matmul", [a, b, *reads], [out, written])
+    twins.matmul(out, a, b, **options)
+
+
+def _to_host(array: Any) -> np.ndarray:
+    GPU.do("to_host", [array], [])
+    return np.array(array)
+
+
+@contextmanager
+def several_gpus() -> Iterator[Gpu]:
+    """training.build builds for a GPU, each rank's its own."""
+    with twins.on("forward"), pytest.MonkeyPatch.context() as patch:
+        for name, module in _cupy().items():
+            patch.setitem(sys.modules, name, module)
+        patch.setattr(device, "choose", lambda *_: "cuda")
+        patch.setattr(kernels, "KERNELS", _Kernels(twins.ShimModule))
+        patch.setattr(cublaslt, "matmul", _matmul)
+        patch.setattr(cublaslt, "use", lambda table: None)
+        patch.setattr(cuda, "take", lambda local_rank: (f"GPU {local_rank}".encode(), MPI.COMM_WORLD.size))
+        patch.setattr(cuda, "zeros", zeros)
+        patch.setattr(cuda, "to_device", lambda host: np.array(host).view(Memory))
+        patch.setattr(cuda, "to_host", _to_host)
+        patch.setattr(cuda, "available_bytes", lambda: 1 << 40)
+        patch.setattr(cuda, "compute_capability", lambda: 80)
+        patch.setattr(training, "cuda", cuda)
+        yield GPU

@@ -1,0 +1,47 @@
+"""Run under mpirun by tests/test_nccl.py: steps of training.build's run on GPUs of which numpy, the shim and MPI are
+the stand-ins. Rank 0 writes losses, norms, parameters, masters and moments to the file it is given.
+
+    rank_nccl.py TARGET CARRIER SABOTAGE OPTIONS
+
+CARRIER: nccl, as it is on GPUs; or mpi, whose collectives are done when they return. SABOTAGE: a method of NCCLRanks
+that does nothing, or "". OPTIONS: of RunConfig, in JSON.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import train
+from engine import training, zero
+from engine.comm import connect, ending_together, nccl
+from engine.config import RunConfig
+from tests.nccl_on_cpu import several_gpus
+
+target, carrier, sabotage, options = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+comm = connect(os.environ)
+with ending_together(comm), several_gpus() as gpu:
+    zero.PIECE = 1000  # more than one piece of a bucket
+    if carrier == "mpi":
+        training.on_gpus = lambda comm: comm
+    if sabotage:
+        setattr(nccl.NCCLRanks, sabotage, lambda *_: None)
+    run = RunConfig(**options)
+    t = training.build(run, comm, lambda line: None)
+    results = {}
+    for step in range(t.start, t.steps):
+        train.train_step(t, step)
+        results |= {f"{step}.loss": np.array(t.loss)}
+        results |= {f"{step}.{name}": np.array(value) for name, value in t.optimizer.decision._asdict().items()}
+    t.require_same_parameters()
+    if run.out_dir:
+        t.save(t.steps)
+    results |= t.optimizer.state()
+    results |= {f"master.{name}": values for name, values in t.optimizer.parameters().items()}
+    results |= {f"param.{name}": np.array(view, np.float32) for name, view in t.model.params.views.items()}
+    results["beside"] = np.array(gpu.beside)
+    t.loader.close()
+    if comm.rank == 0:
+        np.savez(target, **results)

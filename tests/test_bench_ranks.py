@@ -1,0 +1,65 @@
+"""bench/ranks.py: it runs, and its figures follow from each other."""
+
+import json
+
+import pytest
+
+from bench.ranks import EXCHANGES
+from tests.conftest import ROOT
+from tests.test_ranks import run  # skips this module too, where there is no mpirun
+
+B, T, WORLD = 2, 32, 2
+SMALL = (*"-e l2h2c64 --device cpu --vocabulary 200 --warm-up 1 --steps 2".split(), "-b", B, "-t", T)
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    target = tmp_path_factory.mktemp("ranks") / "ranks.json"
+    result = run(WORLD, *SMALL, "--lanes", 4, "--json", target, program=ROOT / "bench/ranks.py")
+    assert result.code == 0, result.err
+    found = json.loads(target.read_text())
+    for name, variant in found["variants"].items():
+        assert any(line.startswith(name) and f"{variant['of_ideal']:.2%}" in line for line in result.out.splitlines())
+    return found
+
+
+def test_all_ways_to_share_out_are_there_and_compared_with_one_rank(figures):
+    stages = [f"-z {stage}{reduce}" for stage in (0, 1, 2) for reduce in ("", " --reduce nccl")]
+    tokens = 4 * B * T
+    assert [*figures["variants"]] == [*stages, f"-z 1 -d {tokens}", f"-z 1 --lanes 4 -d {tokens}"]
+    assert [*figures["one rank"]] == ["-z 0", f"-z 0 -d {tokens}"]
+    for name, variant in figures["variants"].items():
+        alone = figures["one rank"][f"-z 0 -d {tokens}" if "-d" in name else "-z 0"]
+        taken = tokens if "-d" in name else WORLD * B * T
+        assert variant["tokens_per_second"] == pytest.approx(taken / variant["seconds"])
+        assert variant["of_ideal"] == pytest.approx(variant["tokens_per_second"] / (WORLD * alone["tokens_per_second"]))
+        assert variant["seconds_silent"] > 0
+
+
+def test_every_bucket_s_exchange_is_there(figures):
+    """Three buckets a step: exchanged once in each lane, summed, and the parameters gathered (-z 0: the gradients)."""
+    for name, variant in figures["variants"].items():
+        times = dict.fromkeys((*EXCHANGES, "sum"), 0)
+        for row in variant["phases"]:
+            times[row["name"]] += row["times"]
+            assert row["us"] > 0
+        on_the_way = "nccl" in name
+        lanes = 2 if "lanes" in name else 1
+        assert times["exchange"] == (0 if on_the_way else 3 * lanes)
+        assert times["reduce_scatter"] == (3 if on_the_way else 0)
+        assert times["sum"] == (0 if on_the_way and "-z 2" not in name else 3)
+        assert times["all_gather"] == 3
+
+
+def test_the_stages_train_the_same(figures):
+    losses = {figures["variants"][f"-z {stage}"]["loss"] for stage in (0, 1, 2)}
+    assert len(losses) == 1
+
+
+@pytest.mark.parametrize(
+    ("world", "options", "words"), [(1, (), "start several with mpirun"), (2, ("--only", "-z 3"), "there are -z 0, ")]
+)
+def test_what_cannot_be_measured_is_refused(world, options, words):
+    result = run(world, *SMALL, *options, program=ROOT / "bench/ranks.py")
+    assert result.code == 2
+    assert words in result.err

@@ -1,0 +1,162 @@
+"""Ranks on GPUs, on CPUs: NCCL, streams and events by a stand-in that sees races (see nccl_on_cpu.py)."""
+
+import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import training
+from engine.comm.one import OneRank
+from engine.device import cuda
+from engine.errors import UsageError
+from tests.conftest import ROOT, Run
+from tests.test_ranks import run  # skips this module too, where there is no mpirun
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing: it runs the CUDA operations here")
+
+# Four layers: in stage 2 three take memory by turns.
+OPTIONS = {"model": "l4h2c32", "B": 1, "T": 16, "steps": 2, "val_every": 0, "sample_every": 0, "lr": 1e-2}
+OPTIONS |= {"warmup": 1, "weight_decay": 0.1, "gemm_search": "off", "watchdog": 0}
+
+
+@pytest.fixture
+def rank_nccl(shards_dir, tmp_path):
+    """rank_nccl(world, carrier="nccl", sabotage="", **options): what the ranks computed, or how they ended."""
+
+    def rank_nccl(world: int, carrier: str = "nccl", sabotage: str = "", **options) -> dict[str, np.ndarray] | Run:
+        target = tmp_path / "results.npz"
+        options = OPTIONS | {"train_data": f"{shards_dir}/train_*.bin"} | options
+        program = ROOT / "tests/rank_nccl.py"
+        result = run(world, target, carrier, sabotage, json.dumps(options), program=program)
+        if sabotage:
+            return result
+        assert result.code == 0, result.err
+        with np.load(target) as arrays:
+            return dict(arrays)
+
+    return rank_nccl
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name in found.keys() - {"beside"}:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("reduce", ["owner", "nccl"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_what_runs_beside_computing_gives_the_bits_of_one_thing_after_another(rank_nccl, stage, reduce):
+    """And nothing races. Two micro-batches a rank."""
+    options = {"zero_stage": stage, "reduce": reduce, "total_batch": 64}
+    found = rank_nccl(2, **options)
+    assert found["beside"] > 0
+    if reduce == "owner":  # MPI can't add bf16
+        expected = rank_nccl(2, "mpi", **options)
+        assert expected["beside"] == 0
+        assert_same(found, expected)
+
+
+def test_the_stages_give_the_same_bits(rank_nccl):
+    first, *others = (rank_nccl(3, zero_stage=stage, total_batch=48) for stage in (0, 1, 2))
+    for other in others:
+        assert_same(other, first)
+
+
+def test_lanes_give_the_same_bits_on_1_2_and_4_ranks(rank_nccl):
+    first, *others = (
+        rank_nccl(world, zero_stage=stage, lanes=4, total_batch=128) for world, stage in ((1, 0), (2, 1), (4, 0))
+    )
+    for other in others:
+        assert_same(other, first)
+
+
+@pytest.mark.parametrize("options", [{"master_weights": False}, {"grad_dtype": "fp32"}], ids=["-w 0", "fp32"])
+def test_other_dtypes(rank_nccl, options):
+    assert_same(rank_nccl(2, zero_stage=1, **options), rank_nccl(2, "mpi", zero_stage=1, **options))
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "stage"), [("join", 0), ("join", 1), ("join", 2), ("_follow", 1), ("wait", 1), ("wait", 2)]
+)
+def test_a_wait_that_is_missing_is_seen(rank_nccl, sabotage, stage):
+    """So the stand-in can be believed when it sees no race."""
+    result = rank_nccl(2, sabotage=sabotage, zero_stage=stage)
+    assert result.code == 1
+    assert "AssertionError: race: " in result.err
+
+
+def test_a_checkpoint_goes_on_with_another_number_of_gpus(rank_nccl, tmp_path):
+    saving = {"out_dir": str(tmp_path / "run"), "checkpoint_every": 2, "zero_stage": 1, "total_batch": 96}
+    Path(saving["out_dir"]).mkdir()
+    whole = rank_nccl(2, zero_stage=1, total_batch=96)
+    rank_nccl(2, **saving)
+    restored = rank_nccl(3, **saving, resume=True)
+    for name in restored.keys() - {"beside"}:
+        np.testing.assert_array_equal(restored[name], whole[name], err_msg=name)
+
+
+# --- each rank its GPU
+
+
+class Thread(OneRank):
+    """A rank that is a thread of this process. machines: how many ranks each has."""
+
+    def __init__(self, rank, machines, meet, table):
+        places = [(i, size) for size in machines for i in range(size)]
+        self.rank, self.world, (self.local_rank, self.local_world) = rank, len(places), places[rank]
+        self._meet, self._table = meet, table
+
+    def gather(self, values):
+        self._table[self.rank] = values
+        self._meet.wait()
+        everyones = np.stack([self._table[rank] for rank in range(self.world)])
+        self._meet.wait()
+        return everyones
+
+
+def share_out(machines, see, backends, monkeypatch):
+    """What training.on_devices says to each rank. see(rank, local_rank): (the GPU it takes, how many it sees)."""
+    world = sum(machines)
+    meet, table, local = threading.Barrier(world), {}, threading.local()
+    monkeypatch.setattr(training, "on_gpus", lambda comm: "on GPUs")
+    monkeypatch.setattr(cuda, "take", lambda local_rank: see(local.rank, local_rank))
+
+    def of(rank):
+        local.rank = rank
+        try:
+            return training.on_devices(Thread(rank, machines, meet, table), backends[rank])
+        except UsageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(of, range(world)))
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    """Two machines that show all their GPUs, and one whose launcher shows each rank another."""
+    machines = (2, 2, 3)
+
+    def see(rank, local_rank):
+        return (f"{rank // 2} {local_rank % 2}".encode(), 2) if rank < 4 else (f"shown to {rank}".encode(), 1)
+
+    assert share_out(machines, see, ["cuda"] * 7, monkeypatch) == ["on GPUs"] * 7
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    said = share_out((1, 3), lambda rank, local: (f"{rank > 0} {local % 2}".encode(), 2), ["cuda"] * 4, monkeypatch)
+    assert said == [said[0]] * 4
+    assert "rank 3 and rank 1 would share a GPU: 3 ranks run on their machine and see 2 GPUs" in said[0]
+    assert "CUDA_VISIBLE_DEVICES" in said[0]
+    assert "-np" in said[0]
+
+
+def test_ranks_with_and_without_a_gpu_are_refused(monkeypatch):
+    said = share_out((3,), None, ["cuda", "numpy", "cuda"], monkeypatch)
+    assert said == [said[0]] * 3
+    assert "rank 0 has a GPU to train on, rank 1 has none" in said[0]
+    cpus = share_out((2,), None, ["numpy"] * 2, monkeypatch)
+    assert all(isinstance(comm, Thread) for comm in cpus)
