@@ -52,6 +52,7 @@ newest_step() {
 # after TERM or INT it kills them within half a second. In a session of its own, so that Ctrl-C reaches it through us
 # alone.
 signals=0
+child=
 stop() {
   signals=$((signals + 1))
   kill -s "$( ((signals == 1)) && echo USR1 || echo TERM)" "$child" 2>/dev/null
@@ -60,6 +61,7 @@ run() {
   local heard
   setsid "$@" </dev/null &
   child=$!
+  ((signals)) && kill -s TERM "$child" # one came before there was anything to pass it on to
   while :; do
     heard=$signals
     wait "$child"
@@ -111,7 +113,8 @@ while :; do
     say "exit code $code, and no new checkpoint in $dir in $failures tries: giving up"
     exit "$code"
   fi
+  died_with=$code
   say "exit code $code: resuming in ${PAUSE:-10} s from $( ((newest < 0)) && echo "the start" || echo "step $newest")"
   run sleep "${PAUSE:-10}"
-  ((signals)) && exit "$code"
+  ((signals)) && exit "$died_with"
 done
