@@ -26,6 +26,12 @@ needs_mpirun = pytest.mark.skipif(not MPIRUN.exists(), reason='no mpirun: pip in
 SMALL = ("--device", "cpu", "-e", "l2h2c16", "-b", 2, "-t", 16, "-d", 64, "-u", 5, "-m", 2, "-v", 100, "-s", 0)
 
 
+def hear_all_signals() -> None:
+    """Where the tests run in the background these are ignored, and bash does not hear what was ignored at its start."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(script: Path, *args: object, **env: object) -> subprocess.Popen:
     """A script, running in this environment's Python, on one rank unless env says otherwise."""
     alone = {"PYTHON": sys.executable, "RANKS": 1, "PAUSE": 0, "OMP_NUM_THREADS": 1}
@@ -35,6 +41,7 @@ def start(script: Path, *args: object, **env: object) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {name: str(value) for name, value in (alone | env).items()},
+        preexec_fn=hear_all_signals,
     )
 
 
