@@ -34,7 +34,7 @@ import numpy as np
 
 from engine.comm.one import OneRank
 from engine.errors import UsageError, UserError, complain
-from engine.launcher import ranks
+from engine.launcher import mismatch, ranks
 
 
 class Communicator(Protocol):
@@ -73,8 +73,7 @@ def connect(environ: Mapping[str, str]) -> Communicator:
     comm = MPIRanks()
     if comm.world != world:
         raise UsageError(
-            f"the launcher has started {world} ranks, but MPI sees {comm.world}: mpirun belongs to another MPI than "
-            f"mpi4py, which uses {comm.library}. Start with the mpirun of that one"
+            f"the launcher has started {world} ranks, but MPI sees {comm.world}: {mismatch(environ, comm.library)}"
         )
     return comm
 
