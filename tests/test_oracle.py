@@ -50,7 +50,7 @@ def test_gpt2_is_transformers_gpt2():
 
     The bound: both round in different orders. A sum of n terms is off by about sqrt(n) * 2^-53 of the terms' size; the
     longest here has B * T * 4C = 9,216 terms, which is 1e-14; the network is 3 layers deep, and softmax and layernorm
-    enlarge what comes in. 1e-12 of each tensor's largest value leaves them a factor of 30; a wrong formula fits nowhere.
+    enlarge what comes in. 1e-12 of each tensor's largest value leaves them a factor of 30, and no room for a mistake.
     """
     transformers = pytest.importorskip(
         "transformers", reason='transformers is not installed: pip install -e ".[oracle]"'
