@@ -6,8 +6,6 @@
 #define HS 64
 #endif
 
-constexpr float LOG2E = 1.4426950408889634f;
-
 // Of a tile of accumulators, which has 16 rows of a warp, lane l has rows l / 4 and l / 4 + 8, and in x[n] the columns
 // 8 n + 2 (l % 4) and the next: x[n][0], x[n][1] of the first row, x[n][2], x[n][3] of the second.
 template <int COLUMNS>

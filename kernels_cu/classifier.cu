@@ -8,22 +8,34 @@
 
 constexpr int THREADS = 1024;
 
-// The maximum of a row's first V logits, and the sum of exp(logit - maximum): one reading of the row.
-__device__ __forceinline__ void softmax_parts(float& top, float& total, const bf16* x, int V, int Vp) {
+// Some logits in base 2; the padding among them, from V on, is -inf.
+__device__ __forceinline__ Pack load_logits(const bf16* x, int v, int V) {
+    Pack p = load(x + v);
+#pragma unroll
+    for (int i = 0; i < PACK; i++) p.x[i] *= LOG2E;
+    if (v + PACK > V)
+#pragma unroll
+        for (int i = 0; i < PACK; i++)
+            if (v + i >= V) p.x[i] = -INF;
+    return p;
+}
+
+// The maximum of a row's V logits in base 2, and the sum of 2^(logit - maximum): one reading of the row.
+__device__ __forceinline__ void softmax_parts(float& top, float& total, const bf16* x, int V) {
     float my_top = -INF, my_total = 0.0f;
-    for (int v = threadIdx.x * PACK; v < Vp; v += THREADS * PACK) {
-        const Pack p = load(x + v);
+    for (int v = threadIdx.x * PACK; v < V; v += THREADS * PACK) {
+        const Pack p = load_logits(x, v, V);
         float higher = my_top;
-        for (int i = 0; i < PACK; i++)
-            if (v + i < V) higher = fmaxf(higher, p.x[i]);
-        if (higher > my_top) my_total *= expf(my_top - higher);
+#pragma unroll
+        for (int i = 0; i < PACK; i++) higher = fmaxf(higher, p.x[i]);
+        if (higher > my_top) my_total *= exp2_fast(my_top - higher);
         my_top = higher;
-        for (int i = 0; i < PACK; i++)
-            if (v + i < V) my_total += expf(p.x[i] - my_top);
+#pragma unroll
+        for (int i = 0; i < PACK; i++) my_total += exp2_fast(p.x[i] - my_top);
     }
     top = block_max(my_top);
-    // A thread that saw nothing but padding has the maximum -inf, whose exponential is 0, and nothing to add.
-    total = block_sum(my_total * expf(my_top - top));
+    // A thread without logits has the maximum -inf, whose power is 0, and nothing to add.
+    total = block_sum(my_total * exp2_fast(my_top - top));
 }
 
 // Each block takes a row.
@@ -34,8 +46,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) classifier_forward(
     int N, int V, int Vp) {
     const bf16* x = logits + static_cast<size_t>(blockIdx.x) * Vp;
     float top, total;
-    softmax_parts(top, total, x, V, Vp);
-    if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + top - widen(x[targets[blockIdx.x]]);
+    softmax_parts(top, total, x, V);
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + top / LOG2E - widen(x[targets[blockIdx.x]]);
 }
 
 // With HOLD_ROW a block keeps its row in shared memory, so that memory is read once; otherwise it reads the row twice.
@@ -63,13 +75,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) classifier_forward
 #endif
     float top, total;
     // Its barriers stand between all reads of the target's logit and the writes.
-    softmax_parts(top, total, held, V, Vp);
-    if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + top - target_logit;
-    const float scale = 1.0f / total;
+    softmax_parts(top, total, held, V);
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + top / LOG2E - target_logit;
+    const float scale = dloss / total;
     for (int v = threadIdx.x * PACK; v < Vp; v += THREADS * PACK) {
-        Pack p = load(held + v);
-        for (int i = 0; i < PACK; i++)
-            p.x[i] = v + i < V ? (expf(p.x[i] - top) * scale - (v + i == target)) * dloss : 0.0f;
+        Pack p = load_logits(held, v, V);
+#pragma unroll
+        for (int i = 0; i < PACK; i++) p.x[i] = exp2_fast(p.x[i] - top) * scale;
+        if (target / PACK == v / PACK)
+#pragma unroll
+            for (int i = 0; i < PACK; i++)
+                if (v + i == target) p.x[i] -= dloss;
         store(x + v, p);
     }
 }

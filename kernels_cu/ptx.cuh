@@ -14,6 +14,13 @@ __device__ __forceinline__ unsigned pack_bf16(float lo, float hi) {
     return packed;
 }
 
+// 2^x, to 2 units in the last place, results below 2^-126 as zero.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // d += a b for a tile of 16 x 8: a is 16 x 16 (row major), b 16 x 8 (column major), both bf16; d fp32.
 // Lane l holds, with g = l / 4 and t = l % 4 (PTX ISA, "Matrix fragments for mma.m16n8k16"):
 //   d[0..3]  (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1)

@@ -431,9 +431,3 @@ template <int count>
 __device__ __forceinline__ void keep_registers() {}
 template <int count>
 __device__ __forceinline__ void take_registers() {}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    constexpr float SMALLEST = 0x1p-126f;
-    const float y = exp2f(x);
-    return y < SMALLEST ? 0.0f : y;
-}
