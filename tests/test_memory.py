@@ -91,7 +91,7 @@ def test_sharded_gradients_take_less_than_whole_ones():
 @pytest.mark.parametrize(("world", "share"), [(1, 1), (2, 2), (8, 8)])
 def test_memory_is_shared_out_among_the_ranks_that_there_are(monkeypatch, world, share):
     """A launcher's variables may speak of more processes than take part."""
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "8")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "8")
     dev, run = device.load("numpy"), RunConfig(B=2, T=16)
     config = GPT2Config(maxT=16, V=300, L=1, NH=2, C=32)
     needed = sum(memory_by_class(run, config, dev, ops.load("numpy"), world).values())
