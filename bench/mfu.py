@@ -31,10 +31,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.machine import machine, versions, watched_gpu
 from bench.step import Call, Recorded, make_step
 from engine import device, ops
+from engine.comm.one import OneRank
 from engine.config import GPT2Config, RunConfig, model_from_descriptor
 from engine.errors import UsageError, exit_on_user_error
 from engine.memory import require_memory
 from engine.report import have_matplotlib
+from engine.training import tune_together
 
 # Dense bf16 TFLOP/s with fp32 accumulation, from NVIDIA's data sheets.
 PEAKS = (
@@ -206,14 +208,13 @@ def main(
     dev, operations = device.load(backend), ops.load(backend)
     replay = dev.replay(cuda_graph, print)
     config = model_from_descriptor(model, V, T)
-    run = RunConfig(model=model, B=B, T=T, recompute=recompute)
+    run = RunConfig(model=model, B=B, T=T, recompute=recompute, gemm_search=gemm_search)
     if problem := operations.unsupported(B, config.C, config.HS):
         raise UsageError(f"-e {model}: {problem}")
     require_memory(run, config, dev, operations, 1)
     dims = config.dims() | {"B": B, "T": T}
     operations.prepare(dims, gelu_fusion, dev.COMPUTE_DTYPE)
-    tuning = operations.tune(dims, dev.COMPUTE_DTYPE, {}, print) if gemm_search == "auto" else {}
-    operations.use_tuning(tuning)
+    tuning = tune_together(run, OneRank(), operations, dims, dev.COMPUTE_DTYPE, {}, print)
     recorded = Recorded(operations, dev)
     inp, targets = np.random.default_rng(0).integers(0, V, (2, B, T)).astype(np.int32)
     rates = measure_rates(dev, operations)

@@ -28,18 +28,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from bench.machine import machine, versions
 from engine import device, ops, training
-from engine.arena import own_slot
 from engine.comm import Communicator, connect, ending_together
 from engine.comm.one import OneRank
 from engine.config import GPT2Config, RunConfig, model_from_descriptor
 from engine.device import eagerly
 from engine.errors import UsageError, exit_on_user_error
 from engine.memory import gradient_dtype, memory_by_class, require_memory
-from engine.models import gpt2
-from engine.optimizer import AdamW
 from engine.training import Training
 from engine.watchdog import Watchdog
-from engine.zero import Zero
 
 EXCHANGES = ("exchange", "reduce_scatter", "all_gather")
 FEW = 3  # steps whose exchanges are timed one by one: the marks between them cost a little
@@ -80,20 +76,8 @@ class Timed:
 
 def make(run: RunConfig, comm: Any, config: GPT2Config, dev: ModuleType, operations: Any, tokens: Any) -> Training:
     """A run on random tokens, int32 (2,B,T): every micro-batch is the same one."""
-    grad_dtype = gradient_dtype(run, dev)
-    model = gpt2.GPT2(
-        *(config, operations, dev),
-        **{"B": run.B, "T": run.T, "recompute": run.recompute, "dtype": dev.COMPUTE_DTYPE, "grad_dtype": grad_dtype},
-        grad_slots=gpt2.slots_by_turns if run.shards_gradients(comm.world) else own_slot,
-        lanes=run.lanes_per_rank(comm.world),
-        shares=run.lanes or comm.world,
-    )
-    zero = Zero(*(comm, model.params, model.lanes, run.zero_stage, operations, dev), by_library=run.reduce == "nccl")
-    model.on_need = zero.need
-    optimizer = AdamW(model.params, gpt2.decayed(config), zero, run, operations, dev)
-    values = {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in gpt2.parameter_tensors(config, np.float32)}
-    gpt2.initialize(config, values, seed=42)
-    optimizer.set_parameters(values)
+    model, zero, optimizer = training.assemble(run, comm, config, dev, operations)
+    optimizer.set_parameters(training.initial_parameters(config, run.seed))
     parts: dict[str, Any] = {"run": run, "comm": comm, "config": config, "device": dev, "ops": operations}
     parts |= {"model": model, "zero": zero, "optimizer": optimizer, "val": None, "tokenizer": None, "identity": {}}
     return Training(

@@ -6,12 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine import training
 from engine.comm.one import OneRank
 from engine.config import GPT2Config, RunConfig
 from engine.device import eagerly
-from engine.models.gpt2 import GPT2, decayed, initialize, parameter_tensors
-from engine.optimizer import AdamW
-from engine.zero import Zero
 
 Array = Any
 
@@ -40,13 +38,9 @@ def make_step(
     It takes what calls the parts that are the same in every step: the device's `replay`, or `eagerly`, the default.
     """
     B, T = inp.shape
-    model = GPT2(config, operations, dev, B=B, T=T, recompute=recompute, dtype=dev.COMPUTE_DTYPE)
-    run = RunConfig(B=B, T=T, weight_decay=0.1)
-    zero = Zero(OneRank(), model.params, model.lanes, run.zero_stage, operations, dev)
-    optimizer = AdamW(model.params, decayed(config), zero, run, operations, dev)
-    values = {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in parameter_tensors(config, np.float32)}
-    initialize(config, values, seed=42)
-    optimizer.set_parameters(values)
+    run = RunConfig(B=B, T=T, recompute=recompute, weight_decay=0.1)
+    model, _, optimizer = training.assemble(run, OneRank(), config, dev, operations)
+    optimizer.set_parameters(training.initial_parameters(config, run.seed))
     loss, tokens, wanted = dev.zeros((), np.float64), dev.to_device(inp), dev.to_device(targets)
     updates = 0
 

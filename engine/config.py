@@ -213,7 +213,7 @@ class RunConfig:
     cuda_graph: str = option(
         "auto",
         "--cuda-graph",
-        "launch a step's kernels by CUDA graphs, recorded in the first steps; auto: where that works",
+        "launch a step's kernels by CUDA graphs, recorded in the first steps; auto: on one GPU, where that works",
         choices=("auto", "on", "off"),
     )
     # several ranks

@@ -154,27 +154,12 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
     operations.prepare(dims, run.gelu_fusion, grad_dtype)
     before = saved.state.get("tuning", {}) if saved else {}
     identity["tuning"] = tune_together(run, comm, operations, dims, grad_dtype, before, say)
-    model = gpt2.GPT2(
-        config,
-        operations,
-        dev,
-        B=run.B,
-        T=run.T,
-        recompute=run.recompute,
-        dtype=dev.COMPUTE_DTYPE,
-        grad_dtype=grad_dtype,
-        grad_slots=gpt2.slots_by_turns if run.shards_gradients(comm.world) else own_slot,
-        lanes=run.lanes_per_rank(comm.world),
-        shares=run.lanes or comm.world,
-    )
-    zero = Zero(*(comm, model.params, model.lanes, run.zero_stage, operations, dev), by_library=run.reduce == "nccl")
-    model.on_need = zero.need
-    optimizer = AdamW(model.params, gpt2.decayed(config), zero, run, operations, dev)
+    model, zero, optimizer = assemble(run, comm, config, dev, operations)
     if saved:
         optimizer.set_parameters(saved.tensors(gpt2.MODEL_FILE))
         optimizer.restore(saved.tensors(OPTIMIZER_FILE))
     else:
-        optimizer.set_parameters(weights or _initial_parameters(config, run.seed))
+        optimizer.set_parameters(weights or initial_parameters(config, run.seed))
     position = saved.state["position"] if saved else 0
     return Training(
         run=run,
@@ -206,6 +191,28 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
         loss=dev.zeros((), np.float64),
         identity=identity,
     )
+
+
+def assemble(
+    run: RunConfig, comm: Communicator, config: GPT2Config, dev: ModuleType, operations: ModuleType
+) -> tuple[gpt2.GPT2, Zero, AdamW]:
+    """What a rank trains with, on this device, without parameters yet."""
+    model = gpt2.GPT2(
+        config,
+        operations,
+        dev,
+        B=run.B,
+        T=run.T,
+        recompute=run.recompute,
+        dtype=dev.COMPUTE_DTYPE,
+        grad_dtype=gradient_dtype(run, dev),
+        grad_slots=gpt2.slots_by_turns if run.shards_gradients(comm.world) else own_slot,
+        lanes=run.lanes_per_rank(comm.world),
+        shares=run.lanes or comm.world,
+    )
+    zero = Zero(*(comm, model.params, model.lanes, run.zero_stage, operations, dev), by_library=run.reduce == "nccl")
+    model.on_need = zero.need
+    return model, zero, AdamW(model.params, gpt2.decayed(config), zero, run, operations, dev)
 
 
 def plan(training: Training) -> str:
@@ -372,7 +379,8 @@ def tune_together(
     return table
 
 
-def _initial_parameters(config: GPT2Config, seed: int) -> dict[str, np.ndarray]:
+def initial_parameters(config: GPT2Config, seed: int) -> dict[str, np.ndarray]:
+    """In fp32, by name. UsageError for a model too small to have them."""
     host = Arena(gpt2.parameter_tensors(config, np.float32), lambda shape, dtype: np.zeros(shape, dtype))
     try:
         gpt2.initialize(config, host.views, seed)

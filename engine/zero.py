@@ -11,11 +11,12 @@ stage 2   as 1, and a rank keeps the gradient of its shares alone: that of a buc
 All do the same arithmetic, so they give the same bits; stage 2 with one micro-batch a step: with several, it adds up
 ranks first, and then micro-batches.
 
-The owner of a share receives what all ranks have of it and adds that up in the order of the ranks, in fp32, rounding
-once (ops.reduce). As an alternative the library that carries it adds up on the way, in an order of its own.
+The owner of a share receives what all ranks have of it and adds that up in fp32, in an order that their number alone
+fixes, rounding once (ops.reduce). As an alternative the library that carries it adds up on the way, in an order of its
+own.
 
 Lanes make the bits independent of the number of ranks too. A lane is a gradient of its own: micro-batch j of a step
-goes into lane j mod lanes, and nothing is ever added across lanes but by the owner, in the order of the lanes. There
+goes into lane j mod lanes, and nothing is ever added across lanes but by the owner, in that same way. There
 are as many shares as lanes, so the layout, and with it the norm's partial sums, is the same for any number of ranks
 that divides the lanes. Without the option there is one lane a rank.
 """

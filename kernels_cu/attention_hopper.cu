@@ -41,6 +41,9 @@ __device__ constexpr bool are_there(int groups, int blocks, int registers) {
 static_assert(are_there(FORWARD_GROUPS, FORWARD_BLOCKS, FORWARD_REGISTERS), "forward");
 static_assert(are_there(KV_GROUPS, KV_BLOCKS, KV_REGISTERS), "backward_kv");
 static_assert(are_there(Q_GROUPS, Q_BLOCKS, Q_REGISTERS), "backward_q");
+// The first warpgroup leaves out the last steps, those of the queries after its own, and the filling warp waits for it
+// in those before that many stages.
+static_assert(STAGES >= FORWARD_GROUPS && STAGES >= Q_GROUPS, "or a stage is waited for that nobody leaves");
 
 // One thread: 64 rows of a head, zeros for rows from T on, whose bytes arrive at the barrier.
 __device__ __forceinline__ void load_rows(
@@ -61,6 +64,12 @@ __device__ __forceinline__ void multiply_transposed(Tile<ROWS>& tile, const bf16
 #pragma unroll
     for (int k = 0; k < HS / 16; k++)
         product_64x16<false>(tile.x, factor(a + k / 4 * BOX + k % 4 * 16), factor(b + k / 4 * BOX + k % 4 * 16), k > 0);
+}
+
+// A tile, rounded to bf16, as the left factor of add_product.
+__device__ __forceinline__ void as_factors(unsigned (&a)[ROWS / 16][4], const Tile<ROWS>& tile) {
+#pragma unroll
+    for (int k = 0; k < ROWS / 16; k++) as_factor(a[k], tile, k);
 }
 
 // tile += a b: b 64 rows in shared memory.
@@ -97,11 +106,17 @@ __device__ __forceinline__ void store_tile(
 struct Ring {
     Barrier full[STAGES], empty[STAGES];
 
-    __device__ __forceinline__ void make(int groups) {
-        for (int i = 0; i < STAGES; i++) {
-            barrier_make(full[i], 1);
-            barrier_make(empty[i], groups * GROUP / WARP);
+    // All threads: for so many warpgroups, and a barrier besides for what each of them has for itself.
+    __device__ __forceinline__ void make(int groups, Barrier& own) {
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < STAGES; i++) {
+                barrier_make(full[i], 1);
+                barrier_make(empty[i], groups * GROUP / WARP);
+            }
+            barrier_make(own, 1);
+            barriers_made();
         }
+        __syncthreads();
     }
     __device__ __forceinline__ void wait_empty(int step) {
         if (step >= STAGES) barrier_wait(empty[step % STAGES], step / STAGES - 1 & 1);
@@ -113,6 +128,18 @@ struct Ring {
         if (threadIdx.x % WARP == 0) barrier_arrive(empty[step % STAGES]);
     }
 };
+
+// The filling thread: keys and values of a head up to `end`, stage by stage.
+__device__ __forceinline__ void load_keys(
+    Ring& ring, bf16* k, bf16* v, const unsigned long long* qkv, int C, int column, int end) {
+    for (int step = 0; step * ROWS < end; step++) {
+        const int stage = step % STAGES;
+        ring.wait_empty(step);
+        barrier_arrive_expecting(ring.full[stage], 2 * HEAD_BYTES);
+        load_rows(k + stage * HEAD, qkv, C + column, step * ROWS, ring.full[stage]);
+        load_rows(v + stage * HEAD, qkv, 2 * C + column, step * ROWS, ring.full[stage]);
+    }
+}
 
 // A block takes 64 queries a warpgroup of a head: blocks (ceil(T / rows), NH, B), those with the most keys first.
 extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) attention_hopper_forward(
@@ -130,25 +157,14 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
     const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
     const int block = (gridDim.x - 1 - blockIdx.x) * FORWARD_GROUPS * ROWS;  // its first query
     const int end = min(block + FORWARD_GROUPS * ROWS, T);
-    if (threadIdx.x == 0) {
-        ring.make(FORWARD_GROUPS);
-        barrier_make(queries, 1);
-        barriers_made();
-    }
-    __syncthreads();
+    ring.make(FORWARD_GROUPS, queries);
 
     if (group == FORWARD_GROUPS) {
         keep_registers<KEPT_REGISTERS>();
         if (threadIdx.x % GROUP) return;
         barrier_arrive_expecting(queries, FORWARD_GROUPS * HEAD_BYTES);
         for (int i = 0; i < FORWARD_GROUPS; i++) load_rows(q + i * HEAD, qkv, column, block + i * ROWS, queries);
-        for (int step = 0; step * ROWS < end; step++) {
-            const int stage = step % STAGES;
-            ring.wait_empty(step);
-            barrier_arrive_expecting(ring.full[stage], 2 * HEAD_BYTES);
-            load_rows(k + stage * HEAD, qkv, C + column, step * ROWS, ring.full[stage]);
-            load_rows(v + stage * HEAD, qkv, 2 * C + column, step * ROWS, ring.full[stage]);
-        }
+        load_keys(ring, k, v, qkv, C, column, end);
         return;
     }
     take_registers<FORWARD_REGISTERS>();
@@ -159,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
     const float scale = LOG2E * rsqrtf(static_cast<float>(HS));  // of scores, whose exponentials have base 2
     Tile<HS> o;
     float top0 = -INF, top1 = -INF, total0 = 0.0f, total1 = 0.0f;
-    // A warpgroup beyond the last query has steps too: the loads do not wait for it in those that follow.
+    // Where all its queries lie beyond T a warpgroup goes along: a stage is empty when every warp has left it.
     for (int step = 0; step * ROWS <= first && step * ROWS < end; step++) {
         const int stage = step % STAGES;
         Tile<ROWS> s;
@@ -211,8 +227,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
                 o.x[n][i + 2] *= shrink1;
             }
         unsigned p[ROWS / 16][4];
-#pragma unroll
-        for (int i = 0; i < ROWS / 16; i++) as_factor(p[i], s, i);
+        as_factors(p, s);
         products_begin();
         add_product(o, p, v + stage * HEAD);
         products_commit();
@@ -254,12 +269,7 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
     const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
     const int block = blockIdx.x * KV_GROUPS * ROWS;  // its first key
     const size_t head = (static_cast<size_t>(blockIdx.z) * NH + blockIdx.y) * T;
-    if (threadIdx.x == 0) {
-        ring.make(KV_GROUPS);
-        barrier_make(keys, 1);
-        barriers_made();
-    }
-    __syncthreads();
+    ring.make(KV_GROUPS, keys);
 
     if (group == KV_GROUPS) {
         keep_registers<KEPT_REGISTERS>();
@@ -329,8 +339,7 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
                     }
             }
             unsigned left_p[ROWS / 16][4];
-#pragma unroll
-            for (int i = 0; i < ROWS / 16; i++) as_factor(left_p[i], p, i);
+            as_factors(left_p, p);
             products_begin();
             add_product(dv, left_p, dy_now);
             products_commit();
@@ -345,8 +354,7 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
                     ds.x[n][i + 2] = p.x[n][i + 2] * (ds.x[n][i + 2] - query_D);
                 }
             unsigned left_ds[ROWS / 16][4];
-#pragma unroll
-            for (int i = 0; i < ROWS / 16; i++) as_factor(left_ds[i], ds, i);
+            as_factors(left_ds, ds);
             products_begin();
             add_product(dk, left_ds, q_now);
             products_commit();
@@ -383,12 +391,7 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
     const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
     const int block = (gridDim.x - 1 - blockIdx.x) * Q_GROUPS * ROWS;  // its first query
     const int end = min(block + Q_GROUPS * ROWS, T);
-    if (threadIdx.x == 0) {
-        ring.make(Q_GROUPS);
-        barrier_make(queries, 1);
-        barriers_made();
-    }
-    __syncthreads();
+    ring.make(Q_GROUPS, queries);
 
     if (group == Q_GROUPS) {
         keep_registers<KEPT_REGISTERS>();
@@ -398,13 +401,7 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
             load_rows(q + i * HEAD, qkv, column, block + i * ROWS, queries);
             load_rows(dy + i * HEAD, dout, column, block + i * ROWS, queries);
         }
-        for (int step = 0; step * ROWS < end; step++) {
-            const int stage = step % STAGES;
-            ring.wait_empty(step);
-            barrier_arrive_expecting(ring.full[stage], 2 * HEAD_BYTES);
-            load_rows(k + stage * HEAD, qkv, C + column, step * ROWS, ring.full[stage]);
-            load_rows(v + stage * HEAD, qkv, 2 * C + column, step * ROWS, ring.full[stage]);
-        }
+        load_keys(ring, k, v, qkv, C, column, end);
         return;
     }
     take_registers<Q_REGISTERS>();
@@ -457,8 +454,7 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
                 ds.x[n][i] = p.x[n][i] * (ds.x[n][i] - D0);
                 ds.x[n][i + 2] = p.x[n][i + 2] * (ds.x[n][i + 2] - D1);
             }
-#pragma unroll
-        for (int i = 0; i < ROWS / 16; i++) as_factor(left_ds[i], ds, i);
+        as_factors(left_ds, ds);
         products_begin();
         add_product(dq, left_ds, k + stage * HEAD);
         products_commit();

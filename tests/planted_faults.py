@@ -196,9 +196,12 @@ FAULTS = (
         ("one row too many is written", "if (first + row < T)", "if (first + row <= T)"),
     ),
     *_in(
-        "attention_hopper.cu attention_hopper_forward",
+        "attention_hopper.cu load_keys",
         ("keys for values", "qkv, 2 * C + column", "qkv, C + column"),
         ("fewer bytes expected than come", "2 * HEAD_BYTES", "HEAD_BYTES"),
+    ),
+    *_in(
+        "attention_hopper.cu attention_hopper_forward",
         ("the total not rescaled", "        total1 *= shrink1;\n", ""),
         ("no causal mask", "if (step * ROWS == first) {", "if (false) {"),
         ("a query does not see its own key", "if (key > query + 8)", "if (key >= query + 8)"),

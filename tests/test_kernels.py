@@ -116,6 +116,7 @@ def test_a_source_may_ask_for_an_architecture_s_own_instructions():
         *("sm_80", "sm_90a", "sm_100a", "sm_120")
     ]
     assert target("", "90") == "sm_90"
+    assert target("// target: sm_90a alone\n", "90") == "sm_90a"
 
 
 def needs_nvrtc():

@@ -11,12 +11,12 @@ from engine.ops.cuda.scratch import blocks, scratch
 Array = Any
 
 HEAD_SIZES = (16, 32, 64, 80, 96, 128)
-ROWS = 64  # of a block, as in kernels_cu/attention.cu
-THREADS = 128
+ROWS = 64  # of a block, or of a warpgroup on Hopper, as in kernels_cu/attention.cu and attention_hopper.cu
+THREADS = 128  # for them
 
 # Whether Hopper's kernels are taken where there are some: kernels_cu/attention_hopper.cu.
 for_hopper = False
-GROUPS = {  # of 64 rows and 128 threads, in a block: by head size, as in that file
+GROUPS = {  # of warps, in a block, besides the one that fills the stages: by head size, as in that file
     64: {"forward": 2, "backward_kv": 1, "backward_q": 1},
     128: {"forward": 2, "backward_kv": 2, "backward_q": 2},
 }
@@ -80,15 +80,15 @@ def _launch(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) -> None
 
 
 def _launch_hopper(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) -> None:
-    """A kernel with warpgroups for 64 rows of a head each, one to fill the stages, and two arrays' rows in each."""
+    """A kernel with a warpgroup for each ROWS rows of a head, and one more; two arrays' rows in a stage."""
     groups = GROUPS[HS][name]
     own = groups if name == "forward" else 2 * groups
     kernels.launch(
         "attention_hopper",
         f"attention_hopper_{name}",
-        (blocks(T, 64 * groups), NH, B),
-        (128 * (groups + 1),),
+        (blocks(T, ROWS * groups), NH, B),
+        (THREADS * (groups + 1),),
         *(*arrays, B, T, NH),
-        shared_bytes=(own + 2 * STAGES) * 64 * HS * 2,
+        shared_bytes=(own + 2 * STAGES) * ROWS * HS * 2,
         defines={"HS": HS},
     )
