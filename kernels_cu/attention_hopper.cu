@@ -106,11 +106,12 @@ __device__ __forceinline__ void store_tile(
 struct Ring {
     Barrier full[STAGES], empty[STAGES];
 
-    // All threads: for so many warpgroups, and a barrier besides for what each of them has for itself.
-    __device__ __forceinline__ void make(int groups, Barrier& own) {
+    // All threads: for so many warpgroups and threads that fill, and a barrier besides for what each warpgroup has for
+    // itself.
+    __device__ __forceinline__ void make(int groups, int fillers, Barrier& own) {
         if (threadIdx.x == 0) {
             for (int i = 0; i < STAGES; i++) {
-                barrier_make(full[i], 1);
+                barrier_make(full[i], fillers);
                 barrier_make(empty[i], groups * GROUP / WARP);
             }
             barrier_make(own, 1);
@@ -157,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
     const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
     const int block = (gridDim.x - 1 - blockIdx.x) * FORWARD_GROUPS * ROWS;  // its first query
     const int end = min(block + FORWARD_GROUPS * ROWS, T);
-    ring.make(FORWARD_GROUPS, queries);
+    ring.make(FORWARD_GROUPS, 1, queries);
 
     if (group == FORWARD_GROUPS) {
         keep_registers<KEPT_REGISTERS>();
@@ -269,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
     const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
     const int block = blockIdx.x * KV_GROUPS * ROWS;  // its first key
     const size_t head = (static_cast<size_t>(blockIdx.z) * NH + blockIdx.y) * T;
-    ring.make(KV_GROUPS, keys);
+    ring.make(KV_GROUPS, WARP, keys);
 
     if (group == KV_GROUPS) {
         keep_registers<KEPT_REGISTERS>();
@@ -290,11 +291,13 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
                 // P is 1 beyond the last query, and the rows of dout that it is multiplied by are zero.
                 statistics[stage][i] = start + i < T ? make_float2(lse[at] * LOG2E, D[at]) : make_float2(0.0f, 0.0f);
             }
-            __syncwarp();
+            // Each lane arrives for what it has written.
             if (lane == 0) {
                 barrier_arrive_expecting(ring.full[stage], 2 * HEAD_BYTES);
                 load_rows(q + stage * HEAD, qkv, column, start, ring.full[stage]);
                 load_rows(dy + stage * HEAD, dout, column, start, ring.full[stage]);
+            } else {
+                barrier_arrive(ring.full[stage]);
             }
         }
         return;
@@ -391,7 +394,7 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
     const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
     const int block = (gridDim.x - 1 - blockIdx.x) * Q_GROUPS * ROWS;  // its first query
     const int end = min(block + Q_GROUPS * ROWS, T);
-    ring.make(Q_GROUPS, queries);
+    ring.make(Q_GROUPS, 1, queries);
 
     if (group == Q_GROUPS) {
         keep_registers<KEPT_REGISTERS>();

@@ -233,6 +233,8 @@ FAULTS = (
             "statistics[stage][tile_column(n) + i].y",
             "statistics[0][tile_column(n) + i].y",
         ),
+        ("statistics that nobody arrives for", "                barrier_arrive(ring.full[stage]);\n", ""),
+        ("a stage full when one lane has arrived", "ring.make(KV_GROUPS, WARP, keys)", "ring.make(KV_GROUPS, 1, keys)"),
     ),
     *_in(
         "attention_hopper.cu attention_hopper_backward_q",
