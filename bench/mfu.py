@@ -57,10 +57,11 @@ PEAKS = (
     ("RTX 5090", 209.5),
 )
 
-# Arguments that are both read and written, by position.
+# Arguments that are both read and written, by position or keyword.
 ADDED_TO = {
     "layernorm.backward": (0, 1, 2, 8),
-    "linear.backward": (1, 2),
+    "linear.backward": (1, "dbias_below"),
+    "attention.backward": (5,),
     "gelu.backward": (0,),
     "classifier.forward_backward": (1,),
     "adamw.update": (1, 2, 3),
@@ -91,7 +92,7 @@ def flops(call: Call) -> float:
     if kind == "linear.forward":
         return 2.0 * math.prod(shapes[0]) * shapes[1][-1]
     if kind == "linear.backward":
-        return 4.0 * math.prod(shapes[0]) * shapes[3][-1]
+        return 4.0 * math.prod(shapes[0]) * shapes[2][-1]
     if kind.startswith("attention"):
         (B, T, C), products = shapes[0 if kind == "attention.forward" else 1], 2 if kind == "attention.forward" else 5
         return 2.0 * products * B * T * (T + 1) / 2 * C
@@ -112,7 +113,7 @@ def label(call: Call) -> str:
     if call.name == "linear.forward":
         return f"{call.name} {call.shapes[1][-1]}>{call.shapes[0][-1]}"
     if call.name == "linear.backward":
-        return f"{call.name} {call.shapes[0][-1]}<{call.shapes[3][-1]}"
+        return f"{call.name} {call.shapes[0][-1]}<{call.shapes[2][-1]}"
     return call.name
 
 

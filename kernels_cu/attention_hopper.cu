@@ -28,6 +28,7 @@ constexpr int ROWS = 64;         // of a warpgroup, of a box, and of a stage
 constexpr int BOX = ROWS * 64;   // elements: it has 64 columns
 constexpr int HEAD = ROWS * HS;  // elements of 64 rows of a head: boxes, side by side
 constexpr int HEAD_BYTES = HEAD * 2;
+constexpr int PACKS = HS / PACK;  // of a row; fewer than lanes, which share out a warp's rows
 
 constexpr int FORWARD_THREADS = (FORWARD_GROUPS + 1) * GROUP, KV_THREADS = (KV_GROUPS + 1) * GROUP,
               Q_THREADS = (Q_GROUPS + 1) * GROUP;
@@ -78,9 +79,10 @@ __device__ __forceinline__ void add_product(Tile<HS>& tile, const unsigned (&a)[
     for (int k = 0; k < ROWS / 16; k++) product_64x16<true>(tile.x, a[k], factor(b + k * 16 * 64, BOX * 2), true);
 }
 
-// A warp's tile * scale to its 16 of the 64 rows from `first` on, by way of its own rows of shared memory.
-__device__ __forceinline__ void store_tile(
-    bf16* head, size_t pitch, int first, int T, bf16* rows, const Tile<HS>& tile, float scale0, float scale1) {
+// A warp's tile * scale to its 16 of the 64 rows from `first` on, by way of its own rows of shared memory. Returns, of
+// the columns that this lane has stored, the sums over the rows that it has, rounded as they are in memory.
+__device__ __forceinline__ Pack
+store_tile(bf16* head, size_t pitch, int first, int T, bf16* rows, const Tile<HS>& tile, float scale0, float scale1) {
     const int lane = threadIdx.x % WARP, mine = threadIdx.x / WARP % 4 * 16;
     __syncwarp();  // the other lanes may still read what lay there
 #pragma unroll
@@ -92,15 +94,51 @@ __device__ __forceinline__ void store_tile(
             pack_bf16(tile.x[n][2] * scale1, tile.x[n][3] * scale1);
     }
     __syncwarp();
-    constexpr int PACKS = HS / PACK;
+    Pack sum = {};
 #pragma unroll
     for (int i = lane; i < 16 * PACKS; i += WARP) {
         const int row = mine + i / PACKS, column = i % PACKS * PACK;
-        if (first + row < T)
-            *reinterpret_cast<uint4*>(head + (first + row) * pitch + column) =
-                *reinterpret_cast<const uint4*>(rows + place(row, column));
+        if (first + row < T) {
+            const bf16* const pack = rows + place(row, column);
+            const Pack p = load(pack);
+#pragma unroll
+            for (int j = 0; j < PACK; j++) sum.x[j] += p.x[j];
+            *reinterpret_cast<uint4*>(head + (first + row) * pitch + column) = *reinterpret_cast<const uint4*>(pack);
+        }
     }
+    return sum;
 }
+
+// Where the warps of a warpgroup put the sums of the columns of the 16 rows that each has of some tiles.
+template <int TILES>
+struct ColumnSums {
+    __align__(16) float x[GROUP / WARP][TILES][HS];
+    Barrier complete;
+
+    // The thread that makes the ring, before it does.
+    __device__ __forceinline__ void make() { barrier_make(complete, GROUP); }
+    // A warp, of what store_tile returned.
+    __device__ __forceinline__ void put(int tile, Pack sum) {
+        const int lane = threadIdx.x % WARP;
+#pragma unroll
+        for (int offset = PACKS; offset < WARP; offset *= 2)  // the lanes that have the same columns of other rows
+#pragma unroll
+            for (int i = 0; i < PACK; i++) sum.x[i] += __shfl_xor_sync(ALL_LANES, sum.x[i], offset);
+        if (lane < PACKS) store(x[threadIdx.x / WARP % 4][tile] + lane * PACK, sum);
+    }
+    // The warpgroup, once: the sums over its 64 rows. `out`: the first tile's columns, those of the next C behind.
+    __device__ __forceinline__ void store_sums(float* out, int C) {
+        barrier_arrive(complete);  // every thread: each has the others' writes before it then
+        barrier_wait(complete, 0);
+#pragma unroll
+        for (int i = threadIdx.x % GROUP; i < TILES * HS; i += GROUP) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int warp = 0; warp < GROUP / WARP; warp++) sum += x[warp][i / HS][i % HS];
+            out[i / HS * C + i % HS] = sum;
+        }
+    }
+};
 
 // The ring of stages. The filling warp waits until a stage is empty, the others until it is full.
 struct Ring {
@@ -249,15 +287,21 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
     }
 }
 
+// Where the sums of the 64 rows from `first` on go.
+__device__ __forceinline__ float* row_of_partial(float* partial, int blocks, int first, int C) {
+    return partial + (static_cast<size_t>(blockIdx.z) * blocks + first / ROWS) * 3 * C;
+}
+
 // The gradients of 64 keys and values a warpgroup of a head: blocks (ceil(T / rows), NH, B), those with the most
 // queries first. Scores are transposed here: rows are keys, columns queries.
 extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_hopper_backward_kv(
     bf16* __restrict__ dqkv,                      // (B,T,3,NH,HS)
+    float* __restrict__ partial,                  // (B,blocks,3,NH,HS)
     const unsigned long long* __restrict__ dout,  // (16)
     const unsigned long long* __restrict__ qkv,   // (16)
     const float* __restrict__ lse,                // (B,NH,T)
     const float* __restrict__ D,                  // (B,NH,T)
-    int B, int T, int NH) {
+    int blocks, int B, int T, int NH) {
     DYNAMIC_SHARED(bf16, shared);
     bf16* const k = shared;
     bf16* const v = k + KV_GROUPS * HEAD;
@@ -266,10 +310,13 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
     __shared__ Ring ring;
     __shared__ Barrier keys;
     __shared__ float2 statistics[STAGES][ROWS];  // lse, in base 2, and D of the stages' queries
+    __shared__ ColumnSums<2> sums[KV_GROUPS];
 
     const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
     const int block = blockIdx.x * KV_GROUPS * ROWS;  // its first key
     const size_t head = (static_cast<size_t>(blockIdx.z) * NH + blockIdx.y) * T;
+    if (threadIdx.x == 0)
+        for (int i = 0; i < KV_GROUPS; i++) sums[i].make();
     ring.make(KV_GROUPS, WARP, keys);
 
     if (group == KV_GROUPS) {
@@ -371,18 +418,20 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
     }
     const size_t pitch = 3 * static_cast<size_t>(C);
     bf16* const dhead = dqkv + blockIdx.z * T * pitch + column;
-    store_tile(dhead + C, pitch, first, T, my_k, dk, scale, scale);
-    store_tile(dhead + 2 * C, pitch, first, T, my_v, dv, 1.0f, 1.0f);
+    sums[group].put(0, store_tile(dhead + C, pitch, first, T, my_k, dk, scale, scale));
+    sums[group].put(1, store_tile(dhead + 2 * C, pitch, first, T, my_v, dv, 1.0f, 1.0f));
+    if (first < T) sums[group].store_sums(row_of_partial(partial, blocks, first, C) + C + column, C);
 }
 
 // The gradients of 64 queries a warpgroup of a head: blocks (ceil(T / rows), NH, B), those with the most keys first.
 extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopper_backward_q(
     bf16* __restrict__ dqkv,                      // (B,T,3,NH,HS)
+    float* __restrict__ partial,                  // (B,blocks,3,NH,HS)
     const unsigned long long* __restrict__ dout,  // (16)
     const unsigned long long* __restrict__ qkv,   // (16)
     const float* __restrict__ lse,                // (B,NH,T)
     const float* __restrict__ D,                  // (B,NH,T)
-    int B, int T, int NH) {
+    int blocks, int B, int T, int NH) {
     DYNAMIC_SHARED(bf16, shared);
     bf16* const q = shared;
     bf16* const dy = q + Q_GROUPS * HEAD;
@@ -390,10 +439,13 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
     bf16* const v = k + STAGES * HEAD;     // and values
     __shared__ Ring ring;
     __shared__ Barrier queries;
+    __shared__ ColumnSums<1> sums[Q_GROUPS];
 
     const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
     const int block = (gridDim.x - 1 - blockIdx.x) * Q_GROUPS * ROWS;  // its first query
     const int end = min(block + Q_GROUPS * ROWS, T);
+    if (threadIdx.x == 0)
+        for (int i = 0; i < Q_GROUPS; i++) sums[i].make();
     ring.make(Q_GROUPS, 1, queries);
 
     if (group == Q_GROUPS) {
@@ -467,5 +519,6 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
         ring.leave(step);
     }
     const size_t pitch = 3 * static_cast<size_t>(C);
-    store_tile(dqkv + blockIdx.z * T * pitch + column, pitch, first, T, my_q, dq, scale, scale);
+    sums[group].put(0, store_tile(dqkv + blockIdx.z * T * pitch + column, pitch, first, T, my_q, dq, scale, scale));
+    if (first < T) sums[group].store_sums(row_of_partial(partial, blocks, first, C) + column, C);
 }

@@ -240,9 +240,9 @@ def test_gelu(twin, sizes):
 
 
 LINEAR_SIZES = (
-    *((1, 1, 8, 8), (2, 5, 24, 40), (1, 70, 16, 264)),
+    *((1, 1, 8, 8), (2, 5, 24, 40), (1, 70, 264, 272)),
     None,
-    *((1, 1000, 1600, 4800), (1, 7, 64, 128), (4, 1024, 768, 2304)),
+    *((1, 1000, 1600, 4800), (1, 7, 64, 128), (4, 1024, 768, 2304), (4, 1024, 3072, 768)),
 )
 CLASSIFIER_SIZE = (1, 1000, 768, 50304)
 TANH_ERROR = 2.0**-10.5  # cublasLt's GELU uses the hardware's tanh: PTX ISA, tanh.approx.f32
@@ -276,19 +276,17 @@ def test_linear_forward(twin, sizes, monkeypatch, kind, fusion):
 
 
 @pytest.mark.parametrize("dtype", GRAD_DTYPES)
-@pytest.mark.parametrize(("kind", "fusion"), [("plain", 0), ("bias", 0), ("gelu", 0), ("gelu", 2)])
+@pytest.mark.parametrize(("kind", "fusion"), [("plain", 0), ("gelu", 0), ("gelu", 2)])
 def test_linear_backward(twin, sizes, monkeypatch, kind, fusion, dtype):
     monkeypatch.setattr(CUDA.linear, "gelu_fusion", fusion)
     for B, T, C, OC in sizes(*LINEAR_SIZES, *[CLASSIFIER_SIZE] * (kind == "plain")):
         N = B * T
         pre, weight, dout = normal(B, T, C), normal(OC, C, scale=OC**-0.5), normal(B, T, OC)
         inp = gelu(rounded(pre)) if kind == "gelu" else pre
-        before_w, before_b = normal(OC, C), normal(OC)
+        before_w, before_b = normal(OC, C), normal(C)
         dinp, dweight, dbias = twin.nan(B, T, C), twin.put(before_w, dtype), twin.put(before_b, dtype)
-        CUDA.linear.backward(
-            *(dinp, dweight, dbias if kind == "bias" else None, twin.put(dout), twin.put(inp), twin.put(weight)),
-            pre_gelu=twin.put(pre) if kind == "gelu" else None,
-        )
+        options = {"pre_gelu": twin.put(pre), "dbias_below": dbias} if kind == "gelu" else {}
+        CUDA.linear.backward(dinp, dweight, twin.put(dout), twin.put(inp), twin.put(weight), **options)
         x, p = rounded(inp).reshape(N, C), rounded(pre).reshape(N, C)
         w, dy = rounded(weight), rounded(dout).reshape(N, OC)
         w0, b0 = rounded(before_w, dtype), rounded(before_b, dtype)
@@ -304,11 +302,10 @@ def test_linear_backward(twin, sizes, monkeypatch, kind, fusion, dtype):
         # cublasLt rounds a product to bf16, if the sum is to be bf16, before it adds what was there.
         error_w = stored(product, error_w, dtype)
         assert_within(twin.get(dweight), w0 + product, stored(w0 + product, error_w, dtype), "dweight")
-        exact_b, size_b = b0 + dy.sum(axis=0), np.abs(b0) + np.abs(dy).sum(axis=0)
-        if kind == "bias":
-            assert_within(twin.get(dbias), exact_b, stored(exact_b, sum_error(N + 1) * size_b, dtype), "dbias")
-        else:
-            np.testing.assert_array_equal(twin.get(dbias), b0)
+        if kind == "gelu":  # the sums are those of dinp as it was stored
+            after = twin.get(dinp).reshape(N, C)
+            exact_b, size_b = b0 + after.sum(axis=0), np.abs(b0) + np.abs(after).sum(axis=0)
+            assert_within(twin.get(dbias), exact_b, stored(exact_b, sum_error(N + 1) * size_b, dtype), "dbias_below")
 
 
 @pytest.fixture
@@ -388,7 +385,7 @@ def test_a_table_gives_the_same_bits_and_the_cache_spares_the_search(tuned_anew,
             twin.put(np.cos(np.arange(math.prod(s))).reshape(s)) for s in ((N, C), (4 * C, C), (4 * C,))
         )
         CUDA.linear.forward(out, inp, weight, bias)
-        CUDA.linear.backward(dinp, dweight, None, out, inp, weight)
+        CUDA.linear.backward(dinp, dweight, out, inp, weight)
         return [twin.get(array) for array in (out, dinp, dweight)]
 
     with on("gpu") as twin:
@@ -475,7 +472,7 @@ class Attention:
 
 
 ATTENTION_SIZES = (
-    *((1, 1, 1, 16), (2, 7, 2, 16), (1, 130, 1, 16), (1, 65, 2, 32), (2, 330, 2, 64), (1, 34, 1, 80), (1, 130, 1, 128)),
+    *((1, 1, 1, 16), (2, 7, 2, 16), (1, 130, 1, 16), (1, 65, 2, 32), (2, 330, 2, 64), (1, 34, 1, 80), (2, 130, 1, 128)),
     None,
     *((2, T, 2, HS) for T in (1, 7, 64, 1000, 1024, 2048) for HS in (64, 128)),
     *((1, 1000, 25, 64), (2, 200, 2, 16), (2, 200, 2, 32), (2, 200, 2, 80), (2, 200, 2, 96)),
@@ -509,9 +506,15 @@ def test_attention(twin, sizes, monkeypatch, for_hopper):
 
         dqkv = twin.nan(B, T, 3 * C)
         device_lse = among_nan(twin, twin.get(lse), F32)
-        CUDA.attention.backward(dqkv, among_nan(twin, dout), device_qkv, out, device_lse)
+        b0 = rounded(normal(3 * C), F32)
+        dbias = twin.put(b0, F32)
+        CUDA.attention.backward(dqkv, among_nan(twin, dout), device_qkv, out, device_lse, dbias)
         exact_dqkv, bound = exact.backward(rounded(dout), twin.get(out), twin.get(lse))
         assert_within(twin.get(dqkv), exact_dqkv, bound, f"dqkv {B, T, NH, HS}")
+        after = twin.get(dqkv).reshape(B * T, 3 * C)  # the sums are those of dqkv as it was stored
+        exact_b, size_b = b0 + after.sum(axis=0), np.abs(b0) + np.abs(after).sum(axis=0)
+        bound = stored(exact_b, sum_error(B * T + 1) * size_b, F32)
+        assert_within(twin.get(dbias), exact_b, bound, f"dbias {B, T, NH, HS}")
         twin.check_guards()
 
 
@@ -519,14 +522,15 @@ def test_attention_in_float64_is_the_specification():
     """The bounds above hold to the numpy twin, not to a second opinion."""
     B, T, NH, HS = 2, 70, 2, 16
     qkv, dout = normal(B, T, 3 * NH * HS), normal(B, T, NH * HS)
-    out, lse, dqkv = np.empty_like(dout), np.empty((B, NH, T)), np.empty_like(qkv)
+    out, lse, dqkv, dbias = np.empty_like(dout), np.empty((B, NH, T)), np.empty_like(qkv), np.zeros(3 * NH * HS)
     EXACT.attention.forward(out, lse, qkv)
-    EXACT.attention.backward(dqkv, dout, qkv, out, lse)
+    EXACT.attention.backward(dqkv, dout, qkv, out, lse, dbias)
     exact = Attention(qkv, NH)
     again, _, lse_again, _ = exact.forward()
     np.testing.assert_allclose(again, out, rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(lse_again, lse, rtol=1e-12)
     np.testing.assert_allclose(exact.backward(dout, out, lse)[0], dqkv, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(dbias, dqkv.sum(axis=(0, 1)), rtol=1e-9, atol=1e-12)
 
 
 def test_attention_is_stable_and_causal(twin):

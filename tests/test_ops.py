@@ -98,16 +98,16 @@ def test_linear(with_bias, with_residual, with_gelu):
     def loss(pre, weight, bias):
         return (forward(pre, weight, bias) * dout).sum()
 
-    before_w, before_b = normal(OC, C), normal(OC)
+    before_w, before_b = normal(OC, C), normal(C)
     dinp, dweight, dbias = np.full((B, T, C), np.nan), before_w.copy(), before_b.copy()
     inp = gelu(pre) if with_gelu else pre
-    OPS.linear.backward(
-        dinp, dweight, dbias if with_bias else None, dout, inp, weight, pre_gelu=pre if with_gelu else None
-    )
+    options = {"pre_gelu": pre, "dbias_below": dbias} if with_gelu else {}
+    OPS.linear.backward(dinp, dweight, dout, inp, weight, **options)
     assert_gradient(dinp, complex_step(lambda z: loss(z, weight, bias), pre), "inp")
     assert_gradient(dweight - before_w, complex_step(lambda z: loss(pre, z, bias), weight), "weight")
-    if with_bias:
-        assert_gradient(dbias - before_b, complex_step(lambda z: loss(pre, weight, z), bias), "bias")
+    if with_gelu:  # that of the layer below is a part of pre
+        slope = complex_step(lambda z: loss(pre + z, weight, bias), np.zeros(C))
+        assert_gradient(dbias - before_b, slope, "bias below")
     expected = inp @ weight.T + (bias if with_bias else 0) + (residual if with_residual else 0)
     np.testing.assert_allclose(forward(pre, weight, bias), expected, rtol=1e-12, atol=1e-12)
 
@@ -142,9 +142,11 @@ def test_attention(T):
         return out, lse
 
     out, lse = forward(qkv)
-    dqkv = np.full_like(qkv, np.nan)
-    OPS.attention.backward(dqkv, dout, qkv, out, lse)
+    dqkv, before = np.full_like(qkv, np.nan), normal(3 * C)
+    dbias = before.copy()
+    OPS.attention.backward(dqkv, dout, qkv, out, lse, dbias)
     assert_gradient(dqkv, complex_step(lambda z: (forward(z)[0] * dout).sum(), qkv))
+    assert_gradient(dbias - before, complex_step(lambda z: (forward(qkv + z)[0] * dout).sum(), np.zeros(3 * C)), "bias")
 
     for b, h, t in np.ndindex(B, NH, T):
         q, k, v = (qkv[b, :, i * C + h * HS : i * C + (h + 1) * HS] for i in range(3))

@@ -260,7 +260,7 @@ class GPT2:
         """
         ops, p, g, a = self.ops, self._p, self._g[lane], self._activations(inp.shape)
         ops.classifier.forward_backward(a.losses, a.logits, targets, self.config.V, dloss)
-        ops.linear.backward(a.dbranch, g.wte, None, a.logits, a.lnf, p.wte)
+        ops.linear.backward(a.dbranch, g.wte, a.logits, a.lnf, p.wte)
         a.dx.fill(0)
         x = a.h[-1].out
         ops.layernorm.backward(a.dx, g.lnfw, g.lnfb, a.dbranch, x, p.lnfw, a.lnf_mean, a.lnf_rstd, g.h[-1].fcprojb)
@@ -295,23 +295,24 @@ class GPT2:
     ) -> None:
         """s.dx: the gradient of a.out on entry, of x on return. s holds the gradients that no layer keeps.
 
-        The bias gradients of the two projections are column sums of dx: the layernorm.backward above each projection
-        has it at hand, finished, and gives the sum along (dbias_below is that of the layer below).
+        A bias gradient comes from the operation that makes the gradient of the linear layer's output: fcb from fcproj's
+        backward, qkvb from attention's, and those of the two projections, which are column sums of dx, from the
+        layernorm.backward above each (dbias_below is that of the layer below).
         """
         ops = self.ops
         if self.recompute >= 1:
             ops.gelu.forward(a.gelu, a.fc)
         if self.recompute >= 2:
             ops.layernorm.forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.mid, p.ln2w, p.ln2b)
-        ops.linear.backward(s.dfc, g.fcprojw, None, s.dx, a.gelu, p.fcprojw, pre_gelu=a.fc)
-        ops.linear.backward(s.dbranch, g.fcw, g.fcb, s.dfc, a.ln2, p.fcw)
+        ops.linear.backward(s.dfc, g.fcprojw, s.dx, a.gelu, p.fcprojw, pre_gelu=a.fc, dbias_below=g.fcb)
+        ops.linear.backward(s.dbranch, g.fcw, s.dfc, a.ln2, p.fcw)
         ops.layernorm.backward(s.dx, g.ln2w, g.ln2b, s.dbranch, a.mid, p.ln2w, a.ln2_mean, a.ln2_rstd, g.attprojb)
 
         if self.recompute >= 2:
             ops.layernorm.forward(a.ln1, a.ln1_mean, a.ln1_rstd, x, p.ln1w, p.ln1b)
-        ops.linear.backward(s.dbranch, g.attprojw, None, s.dx, a.att, p.attprojw)
-        ops.attention.backward(s.dqkv, s.dbranch, a.qkv, a.att, a.lse)
-        ops.linear.backward(s.dbranch, g.qkvw, g.qkvb, s.dqkv, a.ln1, p.qkvw)
+        ops.linear.backward(s.dbranch, g.attprojw, s.dx, a.att, p.attprojw)
+        ops.attention.backward(s.dqkv, s.dbranch, a.qkv, a.att, a.lse, g.qkvb)
+        ops.linear.backward(s.dbranch, g.qkvw, s.dqkv, a.ln1, p.qkvw)
         ops.layernorm.backward(s.dx, g.ln1w, g.ln1b, s.dbranch, x, p.ln1w, a.ln1_mean, a.ln1_rstd, dbias_below)
 
     def _activations(self, shape: tuple[int, int]) -> SimpleNamespace:

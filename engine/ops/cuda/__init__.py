@@ -14,6 +14,7 @@ from engine.ops.cuda import (
     adamw,
     attention,
     classifier,
+    column_sums,
     embedding,
     gelu,
     guard,
@@ -65,7 +66,7 @@ def scratch_bytes(dims: Mapping[str, int]) -> int:
 
 def _most_scratch(dims: Mapping[str, int]) -> int:
     """Operations run one after the other, so the one that asks for most says how much there must be."""
-    return max(op.scratch_bytes(dims) for op in (attention, embedding, layernorm, linear, norm)) + scratch.PADDING
+    return max(op.scratch_bytes(dims) for op in (attention, column_sums, embedding, layernorm, norm)) + scratch.PADDING
 
 
 def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
@@ -78,11 +79,11 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
         ("adamw", grads),
         ("attention", {"HS": HS}),
         ("classifier", {}, classifier.holds_row(dims["Vp"])),
+        ("column_sums", grads),
         ("embedding", {}, grads),
         ("gelu", {}),
         ("guard", {}),
         ("layernorm", {}, layernorm.packs(dims["C"]) | grads),
-        ("linear", grads),
         ("norm", grads),
         ("reduce", grads),
         ("sampling", {}),

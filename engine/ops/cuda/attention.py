@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from engine.device import kernels, tensor_map
+from engine.ops.cuda import column_sums
 from engine.ops.cuda.scratch import blocks, scratch
 
 Array = Any
@@ -31,9 +32,10 @@ def forward(out: Array, lse: Array, qkv: Array) -> None:
         _launch("forward", B, NH, T, HS, out, lse, qkv)
 
 
-def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array) -> None:
+def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias: Array) -> None:
     (B, NH, T), HS = lse.shape, out.shape[-1] // lse.shape[1]
-    (D,) = scratch((lse.shape, np.float32))
+    count = blocks(T, ROWS)
+    D, partial = scratch((lse.shape, np.float32), ((B * count, 3 * NH * HS), np.float32))
     kernels.launch(
         "attention",
         "attention_backward_d",
@@ -43,16 +45,19 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array) -> No
         defines={"HS": HS},
     )
     if on_hopper(HS):
-        inputs = tensor_map.rows(dout, B, T, NH * HS), tensor_map.rows(qkv, B, T, 3 * NH * HS), lse, D
-        _launch_hopper("backward_kv", B, NH, T, HS, dqkv, *inputs)
-        _launch_hopper("backward_q", B, NH, T, HS, dqkv, *inputs)
+        inputs = tensor_map.rows(dout, B, T, NH * HS), tensor_map.rows(qkv, B, T, 3 * NH * HS), lse, D, count
+        _launch_hopper("backward_kv", B, NH, T, HS, dqkv, partial, *inputs)
+        _launch_hopper("backward_q", B, NH, T, HS, dqkv, partial, *inputs)
+        column_sums.add_partial(dbias, partial)
     else:
         _launch("backward_kv", B, NH, T, HS, dqkv, dout, qkv, lse, D)
         _launch("backward_q", B, NH, T, HS, dqkv, dout, qkv, lse, D)
+        column_sums.add(dbias, dqkv)
 
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:
-    return dims["B"] * dims["NH"] * dims["T"] * 4
+    """D, and the sums of each ROWS rows of dqkv that Hopper's kernels leave."""
+    return dims["B"] * (dims["NH"] * dims["T"] + blocks(dims["T"], ROWS) * 3 * dims["C"]) * 4
 
 
 def on_hopper(HS: int) -> bool:
@@ -79,7 +84,7 @@ def _launch(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) -> None
     )
 
 
-def _launch_hopper(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) -> None:
+def _launch_hopper(name: str, B: int, NH: int, T: int, HS: int, *args: Any) -> None:
     """A kernel with a warpgroup for each ROWS rows of a head, and one more; two arrays' rows in a stage."""
     groups = GROUPS[HS][name]
     own = groups if name == "forward" else 2 * groups
@@ -88,7 +93,7 @@ def _launch_hopper(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) 
         f"attention_hopper_{name}",
         (blocks(T, ROWS * groups), NH, B),
         (THREADS * (groups + 1),),
-        *(*arrays, B, T, NH),
+        *(*args, B, T, NH),
         shared_bytes=(own + 2 * STAGES) * ROWS * HS * 2,
         defines={"HS": HS},
     )

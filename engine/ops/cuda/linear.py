@@ -6,17 +6,13 @@ from typing import Any
 import numpy as np
 
 from engine.device import cublaslt, kernels
-from engine.ops.cuda import gelu
-from engine.ops.cuda.scratch import blocks, scratch, share_out
+from engine.ops.cuda import column_sums, gelu
 
 Array = Any
 
 # GELU inside the matrix multiply: 0 never, 1 in forward, 2 in backward too. What is fused sees fp32 where a pass of its
 # own sees bf16.
 gelu_fusion = 0
-
-MOST_BLOCKS = 128  # of rows, in the sums over them
-FEWEST_ROWS = 32  # of a block
 
 
 def forward(
@@ -43,45 +39,21 @@ def forward(
 def backward(
     dinp: Array,
     dweight: Array,
-    dbias: Array | None,
     dout: Array,
     inp: Array,
     weight: Array,
     *,
     pre_gelu: Array | None = None,
+    dbias_below: Array | None = None,
 ) -> None:
     dout, dx, x = _rows(dout), _rows(dinp), _rows(inp)
     fused = pre_gelu is not None and gelu_fusion >= 2
     cublaslt.matmul(dx, dout, weight, dgelu=_rows(pre_gelu) if fused else None)
     if pre_gelu is not None and not fused:
         gelu.backward(dx, pre_gelu)
+    if dbias_below is not None:
+        column_sums.add(dbias_below, dinp)
     cublaslt.matmul(dweight, dout, x, transpose_a=True, add=dweight)
-    if dbias is not None:
-        _add_column_sums(dbias, dout)
-
-
-def _add_column_sums(dbias: Array, dout: Array) -> None:
-    """dbias (OC) += the column sums of dout (N,OC)."""
-    N, OC = dout.shape
-    rows, count = share_out(N, MOST_BLOCKS, FEWEST_ROWS)
-    (partial,) = scratch(((count, OC), np.float32))
-    defines = kernels.grad_variant(dbias.dtype)
-    kernels.launch(
-        "linear",
-        "linear_column_sums",
-        (blocks(OC, 256), count),
-        (256,),
-        *(partial, dout, rows, count, N, OC),
-        defines=defines,
-    )
-    kernels.launch(
-        "linear",
-        "linear_add_column_sums",
-        (blocks(OC, 32),),
-        (32, 32),
-        *(dbias, partial, count, OC),
-        defines=defines,
-    )
 
 
 def multiplies(dims: Mapping[str, int], grad_dtype: Any) -> list[cublaslt.Operation]:
@@ -102,12 +74,6 @@ def multiplies(dims: Mapping[str, int], grad_dtype: Any) -> list[cublaslt.Operat
             cublaslt.Operation(OC, IC, N, True, False, np.dtype(grad_dtype), True, "DEFAULT"),
         ]
     return found
-
-
-def scratch_bytes(dims: Mapping[str, int]) -> int:
-    """Of the widest bias, that of 4 C channels."""
-    _, count = share_out(dims["B"] * dims["T"], MOST_BLOCKS, FEWEST_ROWS)
-    return count * 4 * dims["C"] * 4
 
 
 def _rows(x: Array) -> Array:

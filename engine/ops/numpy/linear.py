@@ -5,14 +5,17 @@ forward   out = inp @ weight^T + bias                       (weight is (OC,C), a
           pre_gelu = inp @ weight^T + bias, out = gelu(pre_gelu)      with pre_gelu
 
 backward  dinp     = dout @ weight                          (times gelu'(pre_gelu) where inp was gelu(pre_gelu))
-          dweight += dout^T @ inp        dbias += sum_n(dout)
+          dweight += dout^T @ inp
+
+The gradient of a bias is sum_n(dout). Whoever makes dout adds up its columns along with it: layernorm.backward those of
+its dinp, attention.backward those of dqkv, and backward here those of dinp, for the layer below.
 """
 
 from functools import partial
 
 import numpy as np
 
-from engine.ops.numpy import gelu
+from engine.ops.numpy import column_sums, gelu
 from engine.ops.numpy.parallel import matmul_blocks, run
 from engine.ops.numpy.scratch import rows, scratch
 
@@ -49,17 +52,17 @@ def forward(
 def backward(
     dinp: np.ndarray,
     dweight: np.ndarray,
-    dbias: np.ndarray | None,
     dout: np.ndarray,
     inp: np.ndarray,
     weight: np.ndarray,
     *,
     pre_gelu: np.ndarray | None = None,
+    dbias_below: np.ndarray | None = None,
 ) -> None:
-    """dinp (B,T,C) =, dweight (OC,C) +=, dbias (OC) +=; dout (B,T,OC), inp (B,T,C) as forward saw it.
+    """dinp (B,T,C) =, dweight (OC,C) +=; dout (B,T,OC), inp (B,T,C) as forward saw it.
 
-    dbias is None where there is no bias, or where its gradient comes from layernorm.backward's dinp_sum. With
-    pre_gelu (B,T,C), inp was gelu(pre_gelu), and dinp is the gradient of pre_gelu.
+    With pre_gelu (B,T,C), inp was gelu(pre_gelu), and dinp is the gradient of pre_gelu. dbias_below (C) +=, which may
+    be given then, receives the column sums of dinp: the bias gradient of the layer whose output pre_gelu was.
     """
     dout, dx, x = rows(dout), rows(dinp), rows(inp)
     pre = None if pre_gelu is None else rows(pre_gelu)
@@ -72,10 +75,10 @@ def backward(
     def weight_gradient(block: slice) -> None:
         dy = dout[:, block]
         dweight[block] += np.matmul(dy.T, x, out=scratch("linear.dweight", dweight[block].shape, x.dtype))
-        if dbias is not None:
-            dbias[block] += np.einsum("nc->c", dy)
 
     run(
         [partial(input_gradient, block) for block in matmul_blocks(len(dx))]
         + [partial(weight_gradient, block) for block in matmul_blocks(len(dweight))]
     )
+    if dbias_below is not None:
+        column_sums.add(dbias_below, dinp)
