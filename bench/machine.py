@@ -2,12 +2,16 @@
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +19,15 @@ from engine.ops.numpy.parallel import CORES
 
 PACKAGES = (
     *("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cublas-cu12", "nvidia-cublas"),
-    *("nvidia-nccl-cu12", "nvidia-nccl-cu13", "torch", "triton", "matplotlib"),
+    *(
+        "nvidia-nccl-cu12",
+        "nvidia-nccl-cu13",
+        "nvidia-cudnn-cu12",
+        "nvidia-cudnn-cu13",
+        "torch",
+        "triton",
+        "matplotlib",
+    ),
 )
 SECONDS_BETWEEN_SAMPLES = 2.0
 
@@ -98,3 +110,25 @@ def versions() -> str:
         except PackageNotFoundError:
             continue
     return ", ".join(found)
+
+
+def circumstances(program: str, device: str) -> dict[str, Any]:
+    """What every benchmark says of itself: the command, when and on what it ran."""
+    return {
+        "command": f"python {program} {shlex.join(sys.argv[1:])}",
+        "date": datetime.now().astimezone().isoformat(" ", "seconds"),
+        "machine": machine(device),
+        "versions": versions(),
+    }
+
+
+def told(figures: dict[str, Any]) -> list[str]:
+    """The circumstances, as lines."""
+    return [f"$ {figures['command']}", f"{figures['date']}, {figures['machine']}", figures["versions"]]
+
+
+def told_of_gpu(gpu: dict[str, float]) -> list[str]:
+    """What watched_gpu found, as a line; none where there was no GPU."""
+    if not gpu:
+        return []
+    return [f"{gpu['clock_mhz']:,} MHz, {gpu['watts']} W (means), peak of memory {gpu['peak_mib']:,} MiB"]

@@ -1,27 +1,112 @@
 """A training step to be timed, whole or operation by operation, on any device."""
 
-from collections.abc import Callable, Mapping
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import count
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import click
 import numpy as np
 
-from engine import training
+from engine import device, ops, training
 from engine.comm.one import OneRank
-from engine.config import GPT2Config, RunConfig
+from engine.config import GPT2Config, RunConfig, model_from_descriptor
 from engine.device import eagerly
+from engine.errors import UsageError
+from engine.memory import require_memory
 
 Array = Any
 
 
+# Arguments that are both read and written, by position or keyword.
+ADDED_TO = {
+    "layernorm.backward": (0, 1, 2, 8),
+    "linear.backward": (1, "dbias_below"),
+    "attention.backward": (5,),
+    "gelu.backward": (0,),
+    "classifier.forward_backward": (1,),
+    "adamw.update": (1, 2, 3),
+}
+
+
 class Call(NamedTuple):
-    """One call of an operation: its arguments' shapes tell what it had to do."""
+    """One call of an operation: its arrays tell what it had to do."""
 
     name: str  # as "linear.forward"
-    shapes: Mapping[Any, tuple[int, ...]]  # of the arrays, by position or keyword
-    nbytes: Mapping[Any, int]
+    arrays: Mapping[Any, Array]  # by position or keyword
+    again: Callable[[], Any]  # makes the same call
     began: Any  # marks of the device
     ended: Any
+
+    @property
+    def shapes(self) -> dict[Any, tuple[int, ...]]:
+        return {key: x.shape for key, x in self.arrays.items()}
+
+    @property
+    def nbytes(self) -> dict[Any, int]:
+        return {key: x.nbytes for key, x in self.arrays.items()}
+
+
+class Setting(NamedTuple):
+    """Everything that a step needs, ready for it."""
+
+    backend: str
+    dev: ModuleType
+    operations: ModuleType
+    config: GPT2Config
+    run: RunConfig
+    tuning: dict[str, Any]
+
+
+class Rates(NamedTuple):
+    """What this device reaches: FLOP/s of a large matrix multiply, bytes/s (read and written) of a large copy."""
+
+    flops: float
+    nbytes: float
+
+
+def options(command: Callable) -> Callable:
+    """Gives a command the options that `set_up` takes: what of train.py's says how large a step is and how it runs."""
+    for option in (
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="As in train.py."),
+        click.option("--vocabulary", "V", default=50257, help="Tokens in the vocabulary."),
+        click.option("--gemm-search", type=click.Choice(["auto", "off"]), default="auto", help="As in train.py."),
+        click.option("-ge", "gelu_fusion", type=click.IntRange(-1, 2), default=-1, help="GELU fusion, as in train.py."),
+        click.option("-r", "recompute", type=click.IntRange(0, 2), default=0, help="Recomputation, as in train.py."),
+        click.option("-t", "T", default=1024, help="Tokens in a sequence."),
+        click.option("-b", "B", default=64, help="Sequences in a step."),
+        click.option("-e", "model", default="d12", help="Size, as in train.py."),
+    ):
+        command = option(command)
+    return command
+
+
+def set_up(V: int, layers: int | None = None, **values: Any) -> Setting:
+    """As train.py does it for the same options: every kernel compiled, the multiplies tuned. Raises UserErrors.
+
+    layers: so many instead of the model's.
+    """
+    run = RunConfig(**values)
+    backend = device.choose(run.device, print)
+    dev, operations = device.load(backend), ops.load(backend)
+    config = model_from_descriptor(run.model, V, run.T)
+    config = replace(config, L=layers or config.L)
+    if problem := operations.unsupported(run.B, config.C, config.HS):
+        raise UsageError(f"-e {run.model}: {problem}")
+    require_memory(run, config, dev, operations, 1)
+    dims = config.dims() | {"B": run.B, "T": run.T}
+    operations.prepare(dims, run.gelu_fusion, dev.COMPUTE_DTYPE)
+    tuning = training.tune_together(run, OneRank(), operations, dims, dev.COMPUTE_DTYPE, {}, print)
+    return Setting(backend, dev, operations, config, run, tuning)
+
+
+def random_tokens(run: RunConfig, config: GPT2Config) -> np.ndarray:
+    """Tokens and targets, int32 (2,B,T)."""
+    return np.random.default_rng(0).integers(0, config.V, (2, run.B, run.T)).astype(np.int32)
 
 
 def make_step(
@@ -85,8 +170,92 @@ class Recorded:
             began = self._dev.mark()
             result = function(*args, **kwargs)
             arrays = {key: x for key, x in [*enumerate(args), *kwargs.items()] if hasattr(x, "nbytes")}
-            shapes = {key: x.shape for key, x in arrays.items()}
-            self.calls.append(Call(name, shapes, {key: x.nbytes for key, x in arrays.items()}, began, self._dev.mark()))
+            again = partial(function, *args, **kwargs)
+            self.calls.append(Call(name, arrays, again, began, self._dev.mark()))
             return result
 
         return call
+
+
+def flops(call: Call) -> float:
+    """Of the matrix products in a call; what the rest takes is not counted."""
+    kind, shapes = call.name, call.shapes
+    if kind == "linear.forward":
+        return 2.0 * math.prod(shapes[0]) * shapes[1][-1]
+    if kind == "linear.backward":
+        return 4.0 * math.prod(shapes[0]) * shapes[2][-1]
+    if kind.startswith("attention"):
+        (B, T, C), products = shapes[0 if kind == "attention.forward" else 1], 2 if kind == "attention.forward" else 5
+        return 2.0 * products * B * T * (T + 1) / 2 * C
+    return 0.0
+
+
+def nbytes(call: Call) -> float:
+    """The least that a call moves. Of an embedding's tables, the rows that occur at most."""
+    if call.name.startswith("embedding"):
+        tokens = 3 if call.name.endswith("backward") else 2
+        activations = call.nbytes[0 if call.name.endswith("forward") else 2]
+        return tokens * activations
+    return sum(call.nbytes.values()) + sum(call.nbytes.get(key, 0) for key in ADDED_TO.get(call.name, ()))
+
+
+def label(call: Call) -> str:
+    """The operation, and of a linear layer its channels."""
+    if call.name == "linear.forward":
+        return f"{call.name} {call.shapes[1][-1]}>{call.shapes[0][-1]}"
+    if call.name == "linear.backward":
+        return f"{call.name} {call.shapes[0][-1]}<{call.shapes[2][-1]}"
+    return call.name
+
+
+def seconds_of(dev: ModuleType, function: Callable[[], Any], repeat: int) -> float:
+    """The median of some repetitions, after one."""
+    function()
+    times = []
+    for _ in range(repeat):
+        began = dev.mark()
+        function()
+        times.append(dev.seconds_between(began, dev.mark()))
+    return float(np.median(times))
+
+
+def measure_rates(dev: ModuleType, operations: ModuleType) -> Rates:
+    """On random data: zeros are faster, for they cost less power."""
+    n = 8192 if dev.WORKS_ALONE else 1024
+    rng = np.random.default_rng(0)
+    a, b = (dev.to_device(rng.normal(size=(n, n)).astype(np.float32).astype(dev.COMPUTE_DTYPE)) for _ in range(2))
+    out = dev.zeros((n, n), dev.COMPUTE_DTYPE)
+    copy, moved = large_copy(dev)
+    multiply = seconds_of(dev, lambda: operations.linear.forward(out, a, b), 10)
+    return Rates(2.0 * n**3 / multiply, moved / seconds_of(dev, copy, 10))
+
+
+def large_copy(dev: ModuleType) -> tuple[Callable[[], None], float]:
+    """A copy from array to array, and the bytes that it reads and writes."""
+    size = 1 << 30 if dev.WORKS_ALONE else 1 << 25
+    source, target = dev.zeros((size,), "uint8"), dev.zeros((size,), "uint8")
+    source[...] = 123
+
+    def copy() -> None:
+        target[...] = source
+
+    return copy, 2.0 * size
+
+
+def in_turns(
+    dev: ModuleType, contenders: Sequence[Callable[[], Any]], warm_up: float, seconds: float
+) -> list[list[float]]:
+    """Seconds of each one's calls, for `seconds` after so much load: a card's clock falls while it gets warm, and by
+    turns it falls for all of them alike. Each has one at least.
+    """
+    times: list[list[float]] = [[] for _ in contenders]
+    began, marks = time.monotonic(), [dev.mark()]
+    for turn in count():
+        if all(times) and time.monotonic() - began >= warm_up + seconds:
+            break
+        contenders[turn % len(contenders)]()
+        marks = [*marks[-2:], dev.mark()]
+        if len(marks) == 3 and time.monotonic() - began >= warm_up:
+            # One turn late: the device always has one to go on with.
+            times[(turn - 1) % len(contenders)].append(dev.seconds_between(*marks[:2]))
+    return times

@@ -8,7 +8,7 @@ import ctypes
 import json
 import sys
 from collections import Counter
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,14 +67,15 @@ class Attributes:
 class StandIn:
     """As much of nvmath.bindings.cublasLt as is called, with a clock that each algorithm takes its time by.
 
-    It proposes the algorithms 1, which it can't do, and those of `proposed`; each takes the seconds in `speeds`.
+    It proposes the algorithms 1, which it can't do, and those of `proposed`, with those of `rounding` before them where
+    partial sums need not be added in fp32; each takes the seconds in `speeds`.
     """
 
     cuBLASLtError = type("cuBLASLtError", (Exception,), {})
     MatmulAlgoConfigAttribute = Attributes(lambda name: name)
 
     MatmulDescAttribute, MatmulPreferenceAttribute, Epilogue = Attributes(), Attributes(), Attributes()
-    ReductionScheme = SimpleNamespace(COMPUTE_TYPE=2)
+    ReductionScheme = MappingProxyType({"COMPUTE_TYPE": 2, "MASK": 7})
     matmul_heuristic_result_dtype = np.dtype(
         [("algo", [("data_", "<u8", (8,))]), ("workspace_size", "<u8"), ("state", "<i4")]
     )
@@ -83,7 +84,7 @@ class StandIn:
         self.objects = [None]
         self.plans = 0
         self.version = 130100
-        self.proposed = [2, 3]
+        self.proposed, self.rounding = [2, 3], []
         self.speeds = Counter()
         self.clock = 0.0
         self.ran = []  # algorithms, in order
@@ -117,13 +118,15 @@ class StandIn:
         self.objects[preference][attribute] = int.from_bytes(ctypes.string_at(buffer, size), "little")
 
     def matmul_preference_destroy(self, preference):
-        assert self.objects[preference] == {"MAX_WORKSPACE_BYTES": 64 << 20, "REDUCTION_SCHEME_MASK": 2}
+        assert self.objects[preference]["MAX_WORKSPACE_BYTES"] == 64 << 20
 
     def matmul_algo_get_heuristic(self, handle, description, a, b, c, d, preference, asked, results, count):
         found = at(results, self.matmul_heuristic_result_dtype, asked)
-        n = 1 + len(self.proposed)
-        found["state"][:n] = [15] + [0] * len(self.proposed)  # the first is not supported
-        found["algo"]["data_"][:n, 0] = [1, *self.proposed]
+        reductions = self.objects[preference]["REDUCTION_SCHEME_MASK"]
+        proposed = {2: self.proposed, 7: [*self.rounding, *self.proposed]}[reductions]
+        n = 1 + len(proposed)
+        found["state"][:n] = [15] + [0] * len(proposed)  # the first is not supported
+        found["algo"]["data_"][:n, 0] = [1, *proposed]
         at(count, np.int32, 1)[0] = n
         self.plans += 1
 
@@ -288,6 +291,18 @@ def test_the_fastest_is_chosen_and_followed(stand_in):
     cublaslt.use({})
     cublaslt.matmul(out, a, b, transpose_b=True, bias=bias)
     assert stand_in.ran == [2, 4, 2, 2]
+
+
+def test_what_rounds_partial_sums_is_never_chosen_but_can_be_timed(stand_in):
+    stand_in.rounding, stand_in.speeds = [8, 9], Counter({2: 2e-6, 3: 1.5e-6, 8: 3e-6, 9: 1e-6})
+    table = cublaslt.tune([SMALL], {}, nothing)
+    assert set(chosen(table).values()) == {3}
+    assert {8, 9}.isdisjoint(stand_in.ran)
+    stand_in.ran.clear()
+    assert cublaslt.fastest_by_reduction(SMALL) == pytest.approx((1.5, 1.0))
+    assert stand_in.ran[:4] == [2, 3, 8, 9]  # in turns, each once
+    stand_in.rounding = []
+    assert cublaslt.fastest_by_reduction(SMALL) == pytest.approx((1.5, 1.5))
 
 
 def test_all_run_in_turns_until_the_slow_ones_are_dropped(stand_in):

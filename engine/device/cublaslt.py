@@ -146,6 +146,13 @@ def use(table: Mapping[str, Any]) -> None:
     _library().use({name: record["algo"] for name, record in table.get("algorithms", {}).items()})
 
 
+def fastest_by_reduction(operation: Operation) -> tuple[float, float]:
+    """For benchmarks: microseconds of its fastest algorithm among those that are taken here, and among all, those too
+    that add up partial sums in out's type.
+    """
+    return _library().fastest_by_reduction(operation)
+
+
 def _read_table(file: Path) -> dict[str, Any]:
     """The algorithms in a file of the cache; none if it is missing or damaged, which its hash tells."""
     try:
@@ -248,6 +255,14 @@ class _Library:
         times = {"us": round(medians[best] * 1e6, 1), "first_us": round(medians[0] * 1e6, 1)}
         return {"algo": candidates[best].tobytes().hex()} | self._settings(candidates[best]) | times
 
+    def fastest_by_reduction(self, op: Operation) -> tuple[float, float]:
+        plan = self._describe(op)
+        taken = self._candidates(op, plan)
+        known = {candidate.tobytes() for candidate in taken}
+        others = [each for each in self._candidates(op, plan, "MASK") if each.tobytes() not in known]
+        _, medians = self._race(op, [plan._replace(algorithm=candidate) for candidate in (*taken, *others)])
+        return min(medians[: len(taken)]) * 1e6, min(medians) * 1e6
+
     def _race(self, op: Operation, plans: list[Plan]) -> tuple[int, list[float]]:
         """Which of them is the fastest, and the median of each one's seconds. They run in turns, so that a clock that
         drifts is the same for all.
@@ -345,14 +360,15 @@ class _Library:
         out = lt.matrix_layout_create(CUDA_TYPES[op.dtype], op.N, op.M, op.N)
         return Plan(description, a, b, out, None)
 
-    def _candidates(self, op: Operation, plan: Plan) -> list[Any]:
-        """cublasLt's proposals, by its own estimate the fastest first."""
+    def _candidates(self, op: Operation, plan: Plan, reductions: str = "COMPUTE_TYPE") -> list[Any]:
+        """cublasLt's proposals, by its own estimate the fastest first. reductions: how partial sums of split products
+        may be kept and added: in fp32, or "MASK", any way, in the type of out too.
+        """
         lt, description, a, b, out, _ = self._lt, *plan
-        # Partial sums of split products are kept and added in fp32, never in the type of out.
         preference, preferences = lt.matmul_preference_create(), lt.MatmulPreferenceAttribute
         for attribute, setting in (
             (preferences.MAX_WORKSPACE_BYTES, np.array([WORKSPACE_BYTES], np.uint64)),
-            (preferences.REDUCTION_SCHEME_MASK, np.array([lt.ReductionScheme.COMPUTE_TYPE], np.uint32)),
+            (preferences.REDUCTION_SCHEME_MASK, np.array([lt.ReductionScheme[reductions]], np.uint32)),
         ):
             lt.matmul_preference_set_attribute(preference, attribute, setting.ctypes.data, setting.nbytes)
         found, count = np.zeros(CANDIDATES, lt.matmul_heuristic_result_dtype), np.zeros(1, np.int32)

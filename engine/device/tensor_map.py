@@ -1,5 +1,7 @@
 """Maps for Hopper's tensor memory accelerator: what kernels_cu/hopper.cuh's copy_box is told about a tensor."""
 
+import ctypes
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,10 @@ from engine.device.kernels import address_of
 Array = Any
 
 BOX = (64, 64)  # columns and rows: 128 bytes, which are swizzled, and as many rows as a warpgroup takes
+
+# Of cuda.h: its CUtensorMap, in words and bytes, and numbers of its enumerations.
+WORDS, ALIGNMENT = 16, 128
+BFLOAT16, NO_INTERLEAVE, SWIZZLE_128B, PROMOTE_TO_256B, FILL_WITH_ZEROS = 9, 0, 3, 3, 0
 
 _maps: dict[tuple[int, ...], Array] = {}  # a map holds an address, never what lies there: it stays true
 
@@ -26,20 +32,23 @@ def encode(array: Array, dims: tuple[int, ...], strides: tuple[int, ...], box: t
     """What the driver makes of a bf16 tensor, uint64 (16). dims, in elements, and box innermost first; strides: bytes
     from one to the next in all dimensions but the innermost.
     """
-    from cuda.bindings import driver
-
-    error, made = driver.cuTensorMapEncodeTiled(
-        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+    room = np.zeros(WORDS + ALIGNMENT // 8, np.uint64)
+    made = room[-room.ctypes.data % ALIGNMENT // 8 :][:WORDS]
+    error = _driver().cuTensorMapEncodeTiled(
+        made.ctypes,
+        BFLOAT16,
         len(dims),
-        address_of(array),
-        [driver.cuuint64_t(n) for n in dims],
-        [driver.cuuint64_t(n) for n in strides],
-        [driver.cuuint32_t(n) for n in box],
-        [driver.cuuint32_t(1)] * len(dims),
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ctypes.c_void_p(address_of(array)),
+        np.array(dims, np.uint64).ctypes,
+        np.array(strides, np.uint64).ctypes,
+        np.array(box, np.uint32).ctypes,
+        np.ones(len(dims), np.uint32).ctypes,  # takes every element
+        *(NO_INTERLEAVE, SWIZZLE_128B, PROMOTE_TO_256B, FILL_WITH_ZEROS),
     )
-    assert error == driver.CUresult.CUDA_SUCCESS, f"a map of {dims}, {strides}, {box}: {error}"
-    return np.array([int(word) for word in made.opaque], np.uint64)
+    assert error == 0, f"a map of {dims}, {strides}, {box}: CUDA's error {error}"
+    return made
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
