@@ -289,12 +289,14 @@ FAULTS = (
     ),
     *_in(
         "embedding.cu embedding_starts",
-        (
-            "no barrier before the sums are read",
-            "sums[i] += sums[i - 1];\n    __syncthreads();",
-            "sums[i] += sums[i - 1];",
-        ),
-        ("a start that counts its own token", "threadIdx.x > 0 ? sums[threadIdx.x - 1] : 0", "sums[threadIdx.x]"),
+        ("no barrier behind the warps' sums", "warps[warp] = through;\n    __syncthreads();", "warps[warp] = through;"),
+        ("a start that counts its own token", "through - own", "through"),
+        ("the tokens of the blocks before forgotten", "before += count[u]", "before = count[u]"),
+        ("the warps before forgotten", "before += warp_sum(lane < warp ? warps[lane] : 0);", ""),
+    ),
+    *_in(
+        "embedding.cu embedding_gather",
+        ("all of a token in one place", "start[inp[n]] + arrival[n]", "start[inp[n]]"),
     ),
     *_in(
         "embedding.cu embedding_rank",
@@ -308,12 +310,14 @@ FAULTS = (
         "embedding.cu embedding_backward_wte",
         ("the last of a whole chunk lost", "min(CHUNK, count[v] - within)", "min(CHUNK - 1, count[v] - within)"),
         ("a whole chunk for what is left", "min(CHUNK, count[v] - within)", "CHUNK"),
-        ("exactly one chunk goes to partial", "if (count[v] > CHUNK)", "if (count[v] >= CHUNK)"),
+        ("exactly one chunk goes to partial", "alone = count[v] <= CHUNK", "alone = count[v] < CHUNK"),
         ("= for +=", "        for (int j = 0; j < PACK; j++) sum.x[j] += before.x[j];\n", ""),
     ),
     *_in(
         "embedding.cu embedding_backward_wte_chunks",
         ("exactly one chunk taken for several", "count[v] <= CHUNK", "count[v] < CHUNK"),
+        ("tokens that begin with the neighbours twice", " || i == next", ""),
+        ("tokens that begin before again", "i < next - CHUNK || ", ""),
         ("the last chunk lost", "k < count[v]; k += CHUNK", "k + CHUNK <= count[v]; k += CHUNK"),
         ("= for +=", "        for (int j = 0; j < PACK; j++) sum.x[j] += before.x[j];\n", ""),
     ),

@@ -67,14 +67,17 @@ def test_embedding_forward(twin, sizes):
 
 @pytest.mark.parametrize("dtype", GRAD_DTYPES)
 def test_embedding_backward(twin, sizes, dtype):
-    """Tokens at one position, at as many as a chunk has, at one more, at several chunks; one that never occurs."""
-    ragged = np.repeat([3, 0, 5, 1, 6], [65, 64, 130, 1, 40]).astype(np.int32)
+    """Tokens at one position, at as many as a chunk has, at one more, at several chunks; one that never occurs; more
+    tokens than one block takes.
+    """
+    ragged = np.repeat([0, 1, 2, 3, 5, 6], [1, 64, 1, 62, 131, 65]).astype(np.int32)
     text = np.minimum(RNG.zipf(1.3, (16, 1024)) - 1, 50256).astype(np.int32)
     same = np.full((2, 70), 4, np.int32)
     cases = sizes(
         (np.zeros((1, 1), np.int32), 8, 2),
-        (RNG.permutation(ragged).reshape(2, 150), 24, 7),
+        (RNG.permutation(ragged).reshape(2, 162), 24, 7),
         (same, 8, 5),
+        (tokens(2500, 1, 200), 8, 2500),
         None,
         (text, 768, 50304),
         (np.full((64, 1024), 17, np.int32), 64, 128),
