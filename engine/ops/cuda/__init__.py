@@ -77,7 +77,7 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
     for source, *variants in (
         ("adamw", grads),
         ("attention", {"HS": HS}),
-        ("classifier", {}, classifier.holds_row(dims["Vp"])),
+        ("classifier", {}, classifier.variant(dims["Vp"])),
         ("embedding", {}, grads),
         ("gelu", {}),
         ("guard", {}),
