@@ -39,18 +39,20 @@ extern "C" __global__ void embedding_count(
     if (n < N) arrival[n] = atomicAdd(&count[inp[n]], 1);
 }
 
+constexpr int THREADS = 1024;
+
 // start[v] = the sum of count[0] to count[v - 1]: a thread for each v. Each block adds up for itself what lies before
 // its own tokens, which takes less time than waiting for others to do so.
-extern "C" __global__ void __launch_bounds__(1024) embedding_starts(
+extern "C" __global__ void __launch_bounds__(THREADS) embedding_starts(
     int* __restrict__ start,        // (Vp)
     const int* __restrict__ count,  // (Vp)
     int Vp) {
     __shared__ int warps[WARP];
-    const int first = blockIdx.x * blockDim.x, v = first + threadIdx.x;
+    const int v = blockIdx.x * THREADS + threadIdx.x;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int before = 0;
 #pragma unroll 8
-    for (int u = threadIdx.x; u < first; u += blockDim.x) before += count[u];
+    for (int u = threadIdx.x, block = blockIdx.x; block > 0; block--, u += THREADS) before += count[u];
     before = block_sum(before);
     const int own = v < Vp ? count[v] : 0;
     int through = own;  // the sum of this lane's count and of those below it
@@ -168,7 +170,6 @@ extern "C" __global__ void embedding_backward_wpe(
     if (i >= row) return;
     const Pack before = load(dwpe + i);
     Pack sum = {};
-#pragma unroll 8
     for (int b = 0; b < B; b++) {
         const Pack p = load(dout + b * row + i);
         for (int k = 0; k < PACK; k++) sum.x[k] += p.x[k];

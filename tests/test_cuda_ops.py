@@ -627,15 +627,35 @@ def test_more_than_two_to_the_31_logits():
         assert (twin.get(losses) > 0).all()
 
 
+# Slices of a buffer, in any order: of one block, of several, of one more than a launch takes.
+NORM_SLICES = (
+    *([(0, 8)], [(128, 20_000), (0, 128)], [(8 * i, 8 * (i + 1 + i % 3)) for i in range(65)]),
+    None,
+    *([(0, 10_000_000)], [(30_000_000, 31_000_000), (0, 30_000_000)]),
+)
+
+
 @pytest.mark.parametrize("dtype", GRAD_DTYPES)
 def test_global_norm(twin, sizes, dtype):
-    for n in sizes(8, 128, 40_000, None, 10_000_000):
-        grads = normal(n)
-        out = twin.put(np.array(7.0), np.float64)
-        CUDA.norm.squared(out, twin.put(grads, dtype))
-        exact = (rounded(grads, dtype) ** 2).sum()
-        # A thread adds up at most 32 squares in fp32, the threads' and the blocks' sums are added in fp64.
-        np.testing.assert_allclose(twin.get(out), exact, rtol=34 * EPS32)
+    for slices in sizes(*NORM_SLICES):
+        grads, out = normal(max(map(max, slices)) + 8), twin.nan(len(slices), dtype=np.float64)
+        CUDA.norm.squared(out, twin.put(grads, dtype), twin.put(np.array(slices), np.int64))
+        exact = [(rounded(grads[start:stop], dtype) ** 2).sum() for start, stop in slices]
+        # A thread adds up 8 squares in fp32; everything else is added in fp64.
+        np.testing.assert_allclose(twin.get(out), exact, rtol=10 * EPS32)
+
+
+@pytest.mark.parametrize("dtype", GRAD_DTYPES)
+def test_global_norm_of_a_slice_depends_on_its_elements_alone(twin, dtype):
+    """Nor on where they lie, nor on what there is beside them: then ranks share a model out as they like."""
+    some, others = (normal(n) * 2.0 ** RNG.integers(-30, 30, n) for n in (20_000, 50_000))
+    found = []
+    for before, behind in ((0, 0), (1000, 0), (800, 40_000)):
+        grads = np.concatenate([others[:before], some, others[:behind]])
+        out, slices = twin.nan(2, dtype=np.float64), [(0, 8), (before, before + some.size)]
+        CUDA.norm.squared(out, twin.put(grads, dtype), twin.put(np.array(slices), np.int64))
+        found.append(twin.get(out)[1])
+    assert found == [found[0]] * 3
 
 
 @pytest.mark.parametrize("add", [False, True])

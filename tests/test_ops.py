@@ -198,10 +198,11 @@ def test_classifier_is_stable():
 
 
 def test_global_norm():
-    grads = normal(10).astype(np.float32)
-    out = np.array(7.0)
-    OPS.norm.squared(out, grads)
-    np.testing.assert_allclose(out, (grads.astype(np.float64) ** 2).sum(), rtol=1e-6)
+    grads, slices = normal(10).astype(np.float32), np.array([[0, 4], [7, 10], [4, 7]])
+    out = np.full(3, np.nan)
+    OPS.norm.squared(out, grads, slices)
+    exact = [(grads[start:stop].astype(np.float64) ** 2).sum() for start, stop in slices]
+    np.testing.assert_allclose(out, exact, rtol=1e-6)
 
 
 @pytest.mark.parametrize("W", [1, 2, 3, 8, 9, 17])
