@@ -521,6 +521,7 @@ FAULTS = (
     *_in(
         "adamw.cu adamw_update",
         ("a thread too many", "if (i >= n ||", "if (i > n ||"),
+        ("decays one pack further", "i < decayed", "i <= decayed"),
         ("parameters rounded down", "store(params + i, x)", TRUNCATED),
         ("v not kept", "    store(v + i, vi);\n", ""),
     ),
@@ -536,6 +537,7 @@ FAULTS = (
     ),
     *_in(
         "adamw.cu adamw_update_without_master",
+        ("decays everywhere", "i < decayed", "true"),
         ("the same random bits for two elements", " >> (k % 2 * 16)", ""),
         ("random bits of another word", "random.x[k / 2]", "random.x[k % 4]"),
         ("the same random bits in every buffer", "(first + i) / PACK", "i / PACK"),

@@ -678,7 +678,7 @@ def test_total(twin):
         np.testing.assert_allclose(twin.get(out), math.fsum(parts) / 4, atol=n * 2**-53 * np.abs(parts).sum(), rtol=0)
 
 
-ADAMW = {"beta1": 0.9, "beta2": 0.95, "decays": True}
+ADAMW = {"beta1": 0.9, "beta2": 0.95, "decayed": 1032}
 
 
 def schedule(t):
@@ -711,21 +711,21 @@ def test_adamw_takes_its_schedule_from_memory(twin):
     values, scalars = [normal(n), normal(n) ** 2], [twin.put(np.array(x), np.float64) for x in (1.0, 0.0)]
     grads, now = twin.put(normal(n)), twin.put(schedule(1), np.float64)
 
-    def updated(at, decays):
+    def updated(at, decayed):
         arrays = [twin.put(values[0], F32), *(twin.put(values[1], F32) for _ in range(2))]
         params = twin.put(values[0])
         both = ((twin.nan(n), arrays[0]), (params, params))
         for params, master in both:
-            options = {"seed": 7, "beta1": 0.9, "beta2": 0.95, "decays": decays}
+            options = {"seed": 7, "beta1": 0.9, "beta2": 0.95, "decayed": decayed}
             CUDA.adamw.update(params, master, *arrays[1:], grads, *scalars, at, **options)
         return [twin.get(x) for x in (*(params for params, _ in both), *arrays)]
 
     found = []
     for t in (1, 900):
         now[:] = twin.put(schedule(t), np.float64)
-        for decays in (True, False):
-            found.append(updated(now, decays))
-            for ours, fresh in zip(found[-1], updated(twin.put(schedule(t), np.float64), decays), strict=True):
+        for decayed in (n, 0):
+            found.append(updated(now, decayed))
+            for ours, fresh in zip(found[-1], updated(twin.put(schedule(t), np.float64), decayed), strict=True):
                 np.testing.assert_array_equal(ours, fresh)
     for one, other in combinations(found, 2):
         assert (one[0] != other[0]).any()
@@ -742,7 +742,8 @@ def test_adamw_without_masters_rounds_at_random_as_numpy_does(twin):
     scalars = [twin.put(x, np.float64) for x in (np.array(1.0), np.array(0.0), schedule(5))]
     key = {"seed": 7, "stream": 3, "first": first}
     CUDA.adamw.update(params, params, m, v, twin.put(np.zeros(n)), *scalars, **ADAMW, **key)
-    decayed = values.astype(BF16).astype(F32) * F32.type(1 - 0.01 * 0.1)
+    decayed = values.astype(BF16).astype(F32)
+    decayed[: ADAMW["decayed"]] *= F32.type(1 - 0.01 * 0.1)
     decayed[5] = np.nan
     bits = rounding.random_bits(first, n, seed=7, t=5, stream=3)
     np.testing.assert_array_equal(twin.get(params), rounding.stochastic(decayed, bits).astype(np.float64))

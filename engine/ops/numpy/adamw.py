@@ -47,12 +47,13 @@ def update(
     *,
     beta1: float,
     beta2: float,
-    decays: bool,
+    decayed: int,
     seed: int = 0,
     stream: int = 0,
     first: int = 0,
 ) -> None:
-    """params (n) =, master (n) +=, m (n) =, v (n) =; grads (n) are read. decays: does weight decay apply?
+    """params (n) =, master (n) +=, m (n) =, v (n) =; grads (n) are read. Weight decay applies to
+    the first `decayed` elements.
 
     clip () scales the gradient and skip () != 0 leaves everything as it is: both are arrays that the device decided
     on (guard.decide), so that no host waits. schedule (4) float64 holds a Schedule: an array too, so that every update
@@ -83,8 +84,7 @@ def update(
         tmp += epsilon
         np.divide(mb, tmp, out=tmp)
         tmp *= step_size
-        if decays:
-            x *= keep
+        x[: max(0, decayed - block.start)] *= keep
         x -= tmp
         if at_random:
             bits = rounding.random_bits(first + block.start, x.size, seed=seed, t=int(t), stream=stream)
