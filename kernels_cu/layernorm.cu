@@ -7,13 +7,26 @@
 //           dinp    += rstd * (g - sum_c(g) / C - xhat * sum_c(g * xhat) / C)
 //           dweight += sum_n(dout * xhat)      dbias += sum_n(dout)      dinp_sum += sum_n(dinp)
 //
-// variants: GRAD_FP32; PACKS = 1, 2
+// variants: GRAD_FP32; PACKS = 1, 2; ROW_PACKS = 1, 3, 8; WIDE
 #include <common.cuh>
 
 constexpr float EPS = 1e-5f;
 
-// A warp for each row, which it reads three times: from memory once, then from the cache next to it.
-extern "C" __global__ void layernorm_forward(
+// Packs of a row that a thread of forward takes; thread t takes t, t + ROW_THREADS, ...
+#ifndef ROW_PACKS
+#define ROW_PACKS 1
+#endif
+
+#ifdef WIDE
+constexpr int ROW_THREADS = 256;
+__device__ __forceinline__ float row_sum(float x) { return block_sum(x); }
+#else
+constexpr int ROW_THREADS = WARP;
+__device__ __forceinline__ float row_sum(float x) { return warp_sum(x); }
+#endif
+
+// A warp for each row, or a block for a wide one, which keeps it in registers: all of it is asked for at once.
+extern "C" __global__ void __launch_bounds__(256) layernorm_forward(
     bf16* __restrict__ out,           // (N,C)
     float* __restrict__ mean,         // (N)
     float* __restrict__ rstd,         // (N)
@@ -21,33 +34,44 @@ extern "C" __global__ void layernorm_forward(
     const bf16* __restrict__ weight,  // (C)
     const bf16* __restrict__ bias,    // (C)
     int N, int C) {
-    const int lane = threadIdx.x % WARP;
-    const int n = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
-    if (n >= N) return;  // the whole warp: no block barrier follows
-    const bf16* x = inp + static_cast<size_t>(n) * C;
-    bf16* y = out + static_cast<size_t>(n) * C;
+    const int thread = threadIdx.x % ROW_THREADS;
+    const int n = (blockIdx.x * blockDim.x + threadIdx.x) / ROW_THREADS;
+    if (n >= N) return;  // all threads of the row: no other meets them
+    const size_t row = static_cast<size_t>(n) * C;
+    uint4 x[ROW_PACKS];  // as they lie in memory
+#pragma unroll
+    for (int k = 0; k < ROW_PACKS; k++) {
+        const int c = (thread + k * ROW_THREADS) * PACK;
+        x[k] = c < C ? *reinterpret_cast<const uint4*>(inp + row + c) : uint4{};
+    }
 
     float sum = 0.0f;
-    for (int c = lane * PACK; c < C; c += WARP * PACK) {
-        const Pack p = load(x + c);
+#pragma unroll
+    for (const uint4& raw : x) {
+        const Pack p = load(reinterpret_cast<const bf16*>(&raw));
         for (int i = 0; i < PACK; i++) sum += p.x[i];
     }
-    const float m = warp_sum(sum) / C;
+    const float m = row_sum(sum) / C;
 
     float squares = 0.0f;
-    for (int c = lane * PACK; c < C; c += WARP * PACK) {
-        const Pack p = load(x + c);
+#pragma unroll
+    for (int k = 0; k < ROW_PACKS; k++) {
+        if ((thread + k * ROW_THREADS) * PACK >= C) continue;
+        const Pack p = load(reinterpret_cast<const bf16*>(&x[k]));
         for (int i = 0; i < PACK; i++) squares += (p.x[i] - m) * (p.x[i] - m);
     }
-    const float r = 1.0f / sqrtf(warp_sum(squares) / C + EPS);
+    const float r = 1.0f / sqrtf(row_sum(squares) / C + EPS);
 
-    for (int c = lane * PACK; c < C; c += WARP * PACK) {
-        Pack p = load(x + c);
+#pragma unroll
+    for (int k = 0; k < ROW_PACKS; k++) {
+        const int c = (thread + k * ROW_THREADS) * PACK;
+        if (c >= C) continue;
+        Pack p = load(reinterpret_cast<const bf16*>(&x[k]));
         const Pack w = load(weight + c), b = load(bias + c);
         for (int i = 0; i < PACK; i++) p.x[i] = (p.x[i] - m) * r * w.x[i] + b.x[i];
-        store(y + c, p);
+        store(out + row + c, p);
     }
-    if (lane == 0) {
+    if (thread == 0) {
         mean[n] = m;
         rstd[n] = r;
     }

@@ -372,14 +372,15 @@ FAULTS = (
         "layernorm.cu layernorm_forward",
         ("mean for rstd", "rstd[n] = r", "rstd[n] = m"),
         ("EPS forgotten", "/ C + EPS", "/ C"),
-        ("the sample's variance", "warp_sum(squares) / C", "warp_sum(squares) / (C - 1)"),
+        ("the sample's variance", "row_sum(squares) / C", "row_sum(squares) / (C - 1)"),
         (
             "the variance as a difference of large numbers",
             "squares += (p.x[i] - m) * (p.x[i] - m);\n    }",
-            "squares += p.x[i] * p.x[i];\n    }\n    squares -= C / WARP * m * m + (lane < C % WARP ? m * m : 0.0f);",
+            "squares += p.x[i] * p.x[i];\n    }\n    squares -= C / WARP * m * m + (thread < C % WARP ? m * m : 0.0f);",
         ),
         ("a row too many", "if (n >= N) return", "if (n > N) return"),
         ("the bias forgotten", "* w.x[i] + b.x[i]", "* w.x[i]"),
+        ("what the row does not have counts", "if ((thread + k * ROW_THREADS) * PACK >= C) continue;", ""),
     ),
     *_in(
         "layernorm.cu layernorm_backward",

@@ -125,7 +125,8 @@ def layernorm_statistics(inp):
 
 
 def test_layernorm_forward(twin, sizes):
-    for B, T, C in sizes((1, 1, 8), (3, 7, 40), (1, 9, 768), None, (1, 1000, 1600), (8, 1024, 768), (1, 3, 8192)):
+    narrow, wide = ((1, 1, 8), (3, 7, 40), (1, 9, 768), (1, 2, 2048)), ((1, 3, 2056), (1, 2, 4096))
+    for B, T, C in sizes(*narrow, *wide, None, (1, 1000, 1600), (8, 1024, 768), (1, 300, 8192)):
         inp, weight, bias = normal(B, T, C) * 3 + 1, normal(C) + 1, normal(C)
         out, mean, rstd = twin.nan(B, T, C), twin.nan(B, T, dtype=F32), twin.nan(B, T, dtype=F32)
         CUDA.layernorm.forward(out, mean, rstd, *(twin.put(x) for x in (inp, weight, bias)))

@@ -81,7 +81,7 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
         ("embedding", {}, grads),
         ("gelu", {}),
         ("guard", {}),
-        ("layernorm", {}, layernorm.packs(dims["C"]) | grads),
+        ("layernorm", layernorm.packs(dims["C"]), layernorm.packs(dims["C"]) | grads),
         ("linear", grads),
         ("norm", grads),
         ("reduce", grads),
