@@ -36,6 +36,7 @@ def rows_held(Vp: int) -> int:
 
 
 def variant(Vp: int) -> dict[str, int]:
+    """The definitions that forward_backward is compiled with."""
     held = rows_held(Vp)
     return {"HOLD_ROWS": held} if held else {}
 

@@ -52,14 +52,13 @@ def update(
     stream: int = 0,
     first: int = 0,
 ) -> None:
-    """params (n) =, master (n) +=, m (n) =, v (n) =; grads (n) are read. Weight decay applies to
-    the first `decayed` elements.
+    """params (n) =, master (n) +=, m (n) =, v (n) =; grads (n) are read.
 
-    clip () scales the gradient and skip () != 0 leaves everything as it is: both are arrays that the device decided
-    on (guard.decide), so that no host waits. schedule (4) float64 holds a Schedule: an array too, so that every update
-    is the same call, which a device may record once and replay. master may be params itself: then bfloat16 parameters
-    are rounded at random, by bits that are keyed by (seed, t) and counted by (stream, index); first is the index of the
-    first element.
+    Weight decay applies to the first `decayed` elements. clip () scales the gradient and skip () != 0 leaves everything
+    as it is: both are arrays that the device decided on (guard.decide), so that no host waits. schedule (4) float64
+    holds a Schedule: an array too, so that every update is the same call, which a device may record once and replay.
+    master may be params itself: then bfloat16 parameters are rounded at random, by bits that are keyed by (seed, t) and
+    counted by (stream, index); first is the index of the first element.
     """
     at_random = master is params and params.dtype == ml_dtypes.bfloat16
     if skip:
