@@ -115,7 +115,7 @@ class AdamW:
             self._schedule.array,
             beta1=run.beta1,
             beta2=run.beta2,
-            decays=segment.decays,
+            decayed=segment.decayed,
             seed=run.seed,
             stream=segment.bucket,
             first=segment.first,
@@ -166,32 +166,33 @@ class _Segment(NamedTuple):
 
     span: slice  # of the flat buffers
     owned: slice  # of the moments and masters
-    decays: bool  # does weight decay apply?
+    decayed: int  # how many of the first ones weight decay applies to
     bucket: int
     first: int  # the first one's index in its bucket: unlike that in the flat buffers, it depends on no padding
 
 
-def _owned_segments(owned: list[slice], segments: list[tuple[slice, bool]], buckets: list[slice]) -> Iterator[_Segment]:
+def _owned_segments(owned: list[slice], segments: list[tuple[slice, int]], buckets: list[slice]) -> Iterator[_Segment]:
     """All that this rank updates. owned: its slice of each bucket."""
     before = 0  # elements of the owned slices that came before this one
     for number, (own, bucket) in enumerate(zip(owned, buckets, strict=True)):
-        for span, decays in segments:
+        for span, decayed in segments:
             start, stop = max(own.start, span.start), min(own.stop, span.stop)
             if start < stop:
                 shift = before - own.start
                 moments = slice(start + shift, stop + shift)
+                decays = min(max(0, span.start + decayed - start), stop - start)
                 yield _Segment(slice(start, stop), moments, decays, number, start - bucket.start)
         before += own.stop - own.start
 
 
-def _decay_segments(params: Arena, decayed: set[str]) -> Iterator[tuple[slice, bool]]:
-    """Runs of neighbours in the flat buffer with the same answer to: does weight decay apply?"""
-    start = stop = 0
-    decays = False
+def _decay_segments(params: Arena, decayed: set[str]) -> Iterator[tuple[slice, int]]:
+    """Runs of neighbours in the flat buffer: some that weight decay applies to, whose number is told, then others."""
+    start = others = stop = 0
     for name, span in params.spans().items():
-        if (name in decayed) != decays:
-            if stop > start:
-                yield slice(start, stop), decays
-            start, decays = span.start, name in decayed
+        if name in decayed:
+            if others < stop:
+                yield slice(start, stop), others - start
+                start = span.start
+            others = span.stop
         stop = span.stop
-    yield slice(start, stop), decays
+    yield slice(start, stop), others - start

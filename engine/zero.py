@@ -71,6 +71,7 @@ class Zero:
         self._received = device.zeros((most,), lanes[0].flat.dtype)
         self._reducing: Any = None  # in stage 2, the communicator's mark behind the last bucket
         self._gathering: dict[int, Any] = {}  # bucket -> the mark behind the gathering of its parameters
+        self._share_bounds = device.to_device(np.array([(share.start, share.stop) for share in self._shares], np.int64))
         self._partial_norms = device.zeros((len(self._shares),), "float64")
 
     @property
@@ -150,8 +151,7 @@ class Zero:
     def norm_squared(self, out: Array) -> None:
         """out () = the sum of the squares of the whole gradient: of each share, then their exact sum."""
         summed = self._shard if self.shards_gradients else self._lanes[0].flat
-        for part, share in enumerate(self._shares):
-            self._ops.norm.squared(self._partial_norms[part : part + 1].reshape(()), summed[share])
+        self._ops.norm.squared(self._partial_norms, summed, self._share_bounds)
         self._ops.scalars.total(out, self._comm.gather(self._partial_norms).reshape(-1))
 
     def gather_parameters(self, bucket: int) -> None:

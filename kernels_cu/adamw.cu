@@ -17,7 +17,7 @@ enum { T, EPSILON, STEP_SIZE, KEEP };  // of a schedule
 
 __device__ __forceinline__ void update(
     Pack& master, Pack& m, Pack& v, const Pack& grads, float clip, const double* schedule, float beta1, float beta2,
-    int decays) {
+    bool decays) {
     const float epsilon = static_cast<float>(schedule[EPSILON]);
     const float step_size = static_cast<float>(schedule[STEP_SIZE]);
     const float keep = decays ? static_cast<float>(schedule[KEEP]) : 1.0f;
@@ -29,7 +29,8 @@ __device__ __forceinline__ void update(
     }
 }
 
-// The guard has decided on clip and skip, and no host has seen them.
+// The guard has decided on clip and skip, and no host has seen them. Weight decay applies to the first `decayed`
+// elements.
 extern "C" __global__ void adamw_update(
     bf16* __restrict__ params,            // (n)
     float* __restrict__ master,           // (n)
@@ -39,11 +40,11 @@ extern "C" __global__ void adamw_update(
     const double* __restrict__ clip,      // ()
     const double* __restrict__ skip,      // ()
     const double* __restrict__ schedule,  // (4)
-    long long n, float beta1, float beta2, int decays) {
+    long long n, long long decayed, float beta1, float beta2) {
     const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * PACK;
     if (i >= n || *skip != 0.0) return;
     Pack x = load(master + i), mi = load(m + i), vi = load(v + i);
-    update(x, mi, vi, load(grads + i), static_cast<float>(*clip), schedule, beta1, beta2, decays);
+    update(x, mi, vi, load(grads + i), static_cast<float>(*clip), schedule, beta1, beta2, i < decayed);
     store(m + i, mi);
     store(v + i, vi);
     store(master + i, x);
@@ -68,11 +69,11 @@ extern "C" __global__ void adamw_update_without_master(
     const double* __restrict__ clip,      // ()
     const double* __restrict__ skip,      // ()
     const double* __restrict__ schedule,  // (4)
-    long long n, float beta1, float beta2, int decays, unsigned seed, unsigned stream, long long first) {
+    long long n, long long decayed, float beta1, float beta2, unsigned seed, unsigned stream, long long first) {
     const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * PACK;
     if (i >= n || *skip != 0.0) return;
     Pack x = load(params + i), mi = load(m + i), vi = load(v + i);
-    update(x, mi, vi, load(grads + i), static_cast<float>(*clip), schedule, beta1, beta2, decays);
+    update(x, mi, vi, load(grads + i), static_cast<float>(*clip), schedule, beta1, beta2, i < decayed);
     store(m + i, mi);
     store(v + i, vi);
     const unsigned long long index = (first + i) / PACK;

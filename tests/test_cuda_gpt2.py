@@ -215,9 +215,10 @@ def test_what_is_prepared_is_all_that_a_step_needs(twin, monkeypatch):
     windows = [twin.put(np.zeros(operations.guard.WINDOW + 1), np.float64) for _ in range(2)]
     limits = {"max_norm": 1.0, "max_loss_z": 9.0, "max_norm_z": 9.0}
     schedule = twin.put(np.ones(4), np.float64)
-    options = {"beta1": 0.9, "beta2": 0.9, "decays": False}
-    for bucket in model.grads.buckets:
-        operations.norm.squared(one, model.grads.flat[bucket])
+    options = {"beta1": 0.9, "beta2": 0.9, "decayed": 0}
+    slices = np.array([(bucket.start, bucket.stop) for bucket in model.grads.buckets])
+    norms = twin.nan(len(slices), dtype=np.float64)
+    operations.norm.squared(norms, model.grads.flat, twin.put(slices, np.int64))
     operations.guard.decide(decision, *windows, one, one, **limits)
     operations.adamw.update(model.params.flat, *zeros, model.grads.flat, one, decision.skip, schedule, **options)
     operations.sampling.sample(

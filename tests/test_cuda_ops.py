@@ -67,14 +67,17 @@ def test_embedding_forward(twin, sizes):
 
 @pytest.mark.parametrize("dtype", GRAD_DTYPES)
 def test_embedding_backward(twin, sizes, dtype):
-    """Tokens at one position, at as many as a chunk has, at one more, at several chunks; one that never occurs."""
-    ragged = np.repeat([3, 0, 5, 1, 6], [65, 64, 130, 1, 40]).astype(np.int32)
+    """Tokens at one position, at as many as a chunk has, at one more, at several chunks; one that never occurs; more
+    tokens than one block takes.
+    """
+    ragged = np.repeat([0, 1, 2, 3, 5, 6], [1, 64, 1, 62, 131, 65]).astype(np.int32)
     text = np.minimum(RNG.zipf(1.3, (16, 1024)) - 1, 50256).astype(np.int32)
     same = np.full((2, 70), 4, np.int32)
     cases = sizes(
         (np.zeros((1, 1), np.int32), 8, 2),
-        (RNG.permutation(ragged).reshape(2, 150), 24, 7),
+        (RNG.permutation(ragged).reshape(2, 162), 24, 7),
         (same, 8, 5),
+        (tokens(2500, 1, 200), 8, 2500),
         None,
         (text, 768, 50304),
         (np.full((64, 1024), 17, np.int32), 64, 128),
@@ -122,7 +125,8 @@ def layernorm_statistics(inp):
 
 
 def test_layernorm_forward(twin, sizes):
-    for B, T, C in sizes((1, 1, 8), (3, 7, 40), (1, 9, 768), None, (1, 1000, 1600), (8, 1024, 768), (1, 3, 8192)):
+    narrow, wide = ((1, 1, 8), (3, 7, 40), (1, 9, 768), (1, 2, 2048)), ((1, 3, 2056), (1, 2, 4096))
+    for B, T, C in sizes(*narrow, *wide, None, (1, 1000, 1600), (8, 1024, 768), (1, 300, 8192)):
         inp, weight, bias = normal(B, T, C) * 3 + 1, normal(C) + 1, normal(C)
         out, mean, rstd = twin.nan(B, T, C), twin.nan(B, T, dtype=F32), twin.nan(B, T, dtype=F32)
         CUDA.layernorm.forward(out, mean, rstd, *(twin.put(x) for x in (inp, weight, bias)))
@@ -554,16 +558,17 @@ def hopper(twin):
     return twin.name != "gpu" or cuda.compute_capability() == 90
 
 
-CLASSIFIER_SIZES = ((1, 1, 1, 8), (1, 3, 50, 128), (1, 2, 9000, 9088), None, (1, 1000, 50257, 50304))
+CLASSIFIER_SIZES = ((1, 1, 1, 8), (1, 7, 50, 128), (1, 2, 9000, 9088), None, (1, 1000, 50257, 50304))
 
 
-@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("held", [2, 1, 0])
 def test_classifier(twin, sizes, monkeypatch, held):
-    """With the row in shared memory, and as on a device that has too little of it."""
-    if not held:
-        monkeypatch.setattr(cuda, "shared_memory_limit", lambda: 0)
-    dloss = 0.3
+    """With two rows in shared memory, and as on a device that has too little of it for two, or for one."""
+    dloss, most = 0.3, cuda.shared_memory_limit()
     for B, T, V, Vp in sizes(*CLASSIFIER_SIZES):
+        limit = min(most, 2 * Vp * held + CUDA.classifier.STATIC_BYTES)
+        monkeypatch.setattr(cuda, "shared_memory_limit", lambda limit=limit: limit)
+        assert CUDA.classifier.rows_held(Vp) == held or limit == most
         logits, targets = normal(B, T, Vp) * 4, tokens(V, B, T)
         targets[0, 0] = V - 1
         logits[..., V:] = 100.0  # padding that would win
@@ -627,15 +632,35 @@ def test_more_than_two_to_the_31_logits():
         assert (twin.get(losses) > 0).all()
 
 
+# Slices of a buffer, in any order: of one block, of several, of one more than a launch takes.
+NORM_SLICES = (
+    *([(0, 8)], [(128, 20_000), (0, 128)], [(8 * i, 8 * (i + 1 + i % 3)) for i in range(65)]),
+    None,
+    *([(0, 10_000_000)], [(30_000_000, 31_000_000), (0, 30_000_000)]),
+)
+
+
 @pytest.mark.parametrize("dtype", GRAD_DTYPES)
 def test_global_norm(twin, sizes, dtype):
-    for n in sizes(8, 128, 40_000, None, 10_000_000):
-        grads = normal(n)
-        out = twin.put(np.array(7.0), np.float64)
-        CUDA.norm.squared(out, twin.put(grads, dtype))
-        exact = (rounded(grads, dtype) ** 2).sum()
-        # A thread adds up at most 32 squares in fp32, the threads' and the blocks' sums are added in fp64.
-        np.testing.assert_allclose(twin.get(out), exact, rtol=34 * EPS32)
+    for slices in sizes(*NORM_SLICES):
+        grads, out = normal(max(map(max, slices)) + 8), twin.nan(len(slices), dtype=np.float64)
+        CUDA.norm.squared(out, twin.put(grads, dtype), twin.put(np.array(slices), np.int64))
+        exact = [(rounded(grads[start:stop], dtype) ** 2).sum() for start, stop in slices]
+        # A thread adds up 8 squares in fp32; everything else is added in fp64.
+        np.testing.assert_allclose(twin.get(out), exact, rtol=10 * EPS32)
+
+
+@pytest.mark.parametrize("dtype", GRAD_DTYPES)
+def test_global_norm_of_a_slice_depends_on_its_elements_alone(twin, dtype):
+    """Nor on where they lie, nor on what there is beside them: then ranks share a model out as they like."""
+    some, others = (normal(n) * 2.0 ** RNG.integers(-30, 30, n) for n in (20_000, 50_000))
+    found = []
+    for before, behind in ((0, 0), (1000, 0), (800, 40_000)):
+        grads = np.concatenate([others[:before], some, others[:behind]])
+        out, slices = twin.nan(2, dtype=np.float64), [(0, 8), (before, before + some.size)]
+        CUDA.norm.squared(out, twin.put(grads, dtype), twin.put(np.array(slices), np.int64))
+        found.append(twin.get(out)[1])
+    assert found == [found[0]] * 3
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -658,7 +683,7 @@ def test_total(twin):
         np.testing.assert_allclose(twin.get(out), math.fsum(parts) / 4, atol=n * 2**-53 * np.abs(parts).sum(), rtol=0)
 
 
-ADAMW = {"beta1": 0.9, "beta2": 0.95, "decays": True}
+ADAMW = {"beta1": 0.9, "beta2": 0.95, "decayed": 1032}
 
 
 def schedule(t):
@@ -691,21 +716,21 @@ def test_adamw_takes_its_schedule_from_memory(twin):
     values, scalars = [normal(n), normal(n) ** 2], [twin.put(np.array(x), np.float64) for x in (1.0, 0.0)]
     grads, now = twin.put(normal(n)), twin.put(schedule(1), np.float64)
 
-    def updated(at, decays):
+    def updated(at, decayed):
         arrays = [twin.put(values[0], F32), *(twin.put(values[1], F32) for _ in range(2))]
         params = twin.put(values[0])
         both = ((twin.nan(n), arrays[0]), (params, params))
         for params, master in both:
-            options = {"seed": 7, "beta1": 0.9, "beta2": 0.95, "decays": decays}
+            options = {"seed": 7, "beta1": 0.9, "beta2": 0.95, "decayed": decayed}
             CUDA.adamw.update(params, master, *arrays[1:], grads, *scalars, at, **options)
         return [twin.get(x) for x in (*(params for params, _ in both), *arrays)]
 
     found = []
     for t in (1, 900):
         now[:] = twin.put(schedule(t), np.float64)
-        for decays in (True, False):
-            found.append(updated(now, decays))
-            for ours, fresh in zip(found[-1], updated(twin.put(schedule(t), np.float64), decays), strict=True):
+        for decayed in (n, 0):
+            found.append(updated(now, decayed))
+            for ours, fresh in zip(found[-1], updated(twin.put(schedule(t), np.float64), decayed), strict=True):
                 np.testing.assert_array_equal(ours, fresh)
     for one, other in combinations(found, 2):
         assert (one[0] != other[0]).any()
@@ -722,7 +747,8 @@ def test_adamw_without_masters_rounds_at_random_as_numpy_does(twin):
     scalars = [twin.put(x, np.float64) for x in (np.array(1.0), np.array(0.0), schedule(5))]
     key = {"seed": 7, "stream": 3, "first": first}
     CUDA.adamw.update(params, params, m, v, twin.put(np.zeros(n)), *scalars, **ADAMW, **key)
-    decayed = values.astype(BF16).astype(F32) * F32.type(1 - 0.01 * 0.1)
+    decayed = values.astype(BF16).astype(F32)
+    decayed[: ADAMW["decayed"]] *= F32.type(1 - 0.01 * 0.1)
     decayed[5] = np.nan
     bits = rounding.random_bits(first, n, seed=7, t=5, stream=3)
     np.testing.assert_array_equal(twin.get(params), rounding.stochastic(decayed, bits).astype(np.float64))

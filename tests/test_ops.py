@@ -200,10 +200,11 @@ def test_classifier_is_stable():
 
 
 def test_global_norm():
-    grads = normal(10).astype(np.float32)
-    out = np.array(7.0)
-    OPS.norm.squared(out, grads)
-    np.testing.assert_allclose(out, (grads.astype(np.float64) ** 2).sum(), rtol=1e-6)
+    grads, slices = normal(10).astype(np.float32), np.array([[0, 4], [7, 10], [4, 7]])
+    out = np.full(3, np.nan)
+    OPS.norm.squared(out, grads, slices)
+    exact = [(grads[start:stop].astype(np.float64) ** 2).sum() for start, stop in slices]
+    np.testing.assert_allclose(out, exact, rtol=1e-6)
 
 
 @pytest.mark.parametrize("W", [1, 2, 3, 8, 9, 17])
@@ -250,7 +251,7 @@ def test_adamw():
     ref, ref_m, ref_v = params.copy(), np.zeros(10), np.zeros(10)
     for t in (1, 2, 3):
         grads = normal(10)
-        OPS.adamw.update(x, x, m, v, grads, clip, np.array(0), schedule(t), **BETAS, decays=True)
+        OPS.adamw.update(x, x, m, v, grads, clip, np.array(0), schedule(t), **BETAS, decayed=10)
         g = 0.5 * grads
         ref_m = 0.9 * ref_m + 0.1 * g
         ref_v = 0.95 * ref_v + 0.05 * g**2
@@ -259,17 +260,19 @@ def test_adamw():
         np.testing.assert_allclose(x, ref, rtol=1e-12)
     master = params.copy()
     zeros, scalars = np.zeros((2, 10)), (clip, np.array(0), schedule(1))
-    OPS.adamw.update(rounded, master, *zeros, grads, *scalars, **BETAS, decays=True)
+    OPS.adamw.update(rounded, master, *zeros, grads, *scalars, **BETAS, decayed=10)
     np.testing.assert_array_equal(rounded, master.astype(np.float16))
 
 
 def test_adamw_decays_where_it_is_told_to():
     """Without gradients, all that is left."""
-    for decays, factor in ((True, 1 - 0.01 * 0.1), (False, 1.0)):
-        params = normal(10)
+    n = 600_000  # which several cores share
+    for decayed in (0, 10, 400_000, n):
+        params = normal(n)
         x = params.copy()
-        OPS.adamw.update(x, x, *np.zeros((3, 10)), np.array(1.0), np.array(0), schedule(1), **BETAS, decays=decays)
-        np.testing.assert_array_equal(x, params * factor)
+        OPS.adamw.update(x, x, *np.zeros((3, n)), np.array(1.0), np.array(0), schedule(1), **BETAS, decayed=decayed)
+        np.testing.assert_array_equal(x[:decayed], params[:decayed] * (1 - 0.01 * 0.1))
+        np.testing.assert_array_equal(x[decayed:], params[decayed:])
 
 
 def test_adamw_takes_its_schedule_from_memory():
@@ -278,7 +281,7 @@ def test_adamw_takes_its_schedule_from_memory():
     x = before = normal(10)
     for t, lr in ((1, 0.01), (2, 0.5), (1000, 0.25)):
         now[:], before, kept = schedule(t, lr), x.copy(), moments.copy()
-        OPS.adamw.update(x, x, *moments, grads, np.array(1.0), np.array(0), now, **BETAS, decays=False)
+        OPS.adamw.update(x, x, *moments, grads, np.array(1.0), np.array(0), now, **BETAS, decayed=0)
         m, v = 0.9 * kept[0] + 0.1 * grads, 0.95 * kept[1] + 0.05 * grads**2
         step = lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
         np.testing.assert_allclose(before - x, step, rtol=1e-9)
@@ -287,7 +290,7 @@ def test_adamw_takes_its_schedule_from_memory():
 def test_adamw_skips():
     x, m, v = normal(10), normal(10), normal(10) ** 2
     before = [a.copy() for a in (x, m, v)]
-    OPS.adamw.update(x, x, m, v, np.full(10, np.nan), np.array(1.0), np.array(1), schedule(1), **BETAS, decays=True)
+    OPS.adamw.update(x, x, m, v, np.full(10, np.nan), np.array(1.0), np.array(1), schedule(1), **BETAS, decayed=10)
     for after, kept in zip((x, m, v), before, strict=True):
         np.testing.assert_array_equal(after, kept)
 

@@ -1,4 +1,4 @@
-"""AdamW on flat buffers: see engine/ops/numpy/adamw.py. Sizes divide by 8."""
+"""AdamW on flat buffers: see engine/ops/numpy/adamw.py. Sizes divide by 8, `decayed` too."""
 
 from typing import Any
 
@@ -23,13 +23,13 @@ def update(
     *,
     beta1: float,
     beta2: float,
-    decays: bool,
+    decayed: int,
     seed: int = 0,
     stream: int = 0,
     first: int = 0,
 ) -> None:
     n = params.size
-    scalars = clip, skip, schedule, n, beta1, beta2, decays
+    scalars = clip, skip, schedule, n, decayed, beta1, beta2
     args: tuple[Any, ...]
     if master is params:
         name, args = "adamw_update_without_master", (params, m, v, grads, *scalars, seed, stream, first)

@@ -18,21 +18,27 @@ def forward(losses: Array, logits: Array, targets: Array, V: int) -> None:
 def forward_backward(losses: Array, logits: Array, targets: Array, V: int, dloss: float) -> None:
     """Reads the logits once where a row fits into a block's shared memory, and twice where it does not."""
     N, Vp = losses.size, logits.shape[-1]
-    variant = holds_row(Vp)
+    held = rows_held(Vp)
     kernels.launch(
         "classifier",
         "classifier_forward_backward",
-        (N,),
+        (min(N, cuda.multiprocessors()) if held else N,),
         (THREADS,),
         *(losses, logits, targets, N, V, Vp, dloss),
-        shared_bytes=2 * Vp if variant else 0,
-        defines=variant,
+        shared_bytes=2 * Vp * held,
+        defines=variant(Vp),
     )
 
 
-def holds_row(Vp: int) -> dict[str, int]:
-    """The definitions of the variant that keeps a row of Vp logits in a block's shared memory, if it fits there."""
-    return {"HOLD_ROW": 1} if 2 * Vp + STATIC_BYTES <= cuda.shared_memory_limit() else {}
+def rows_held(Vp: int) -> int:
+    """How many rows of Vp logits a block keeps in its shared memory: two, if they fit there, or one, or none."""
+    return max(0, min(2, (cuda.shared_memory_limit() - STATIC_BYTES) // (2 * Vp)))
+
+
+def variant(Vp: int) -> dict[str, int]:
+    """The definitions that forward_backward is compiled with."""
+    held = rows_held(Vp)
+    return {"HOLD_ROWS": held} if held else {}
 
 
 def add_mean(mean: Array, losses: Array, share: float) -> None:

@@ -22,14 +22,14 @@ def forward(out: Array, inp: Array, wte: Array, wpe: Array) -> None:
 def backward(dwte: Array, dwpe: Array, dout: Array, inp: Array) -> None:
     (B, T), (Vp, C), maxT, N = inp.shape, dwte.shape, len(dwpe), inp.size
     rows = _rows_of_partial(N)
-    count, start, cursor, unsorted, ordered, partial = scratch(
-        *[((Vp,), np.int32)] * 3, *[((N,), np.int32)] * 2, ((rows, C), np.float32)
+    count, start, arrival, unsorted, ordered, partial = scratch(
+        *[((Vp,), np.int32)] * 2, *[((N,), np.int32)] * 3, ((rows, C), np.float32)
     )
     grid, block = (blocks(N, 256),), (256,)
     count.fill(0)
-    kernels.launch("embedding", "embedding_count", grid, block, count, inp, N, Vp)
-    kernels.launch("embedding", "embedding_starts", (1,), (1024,), start, cursor, count, Vp)
-    kernels.launch("embedding", "embedding_gather", grid, block, unsorted, cursor, inp, N, Vp)
+    kernels.launch("embedding", "embedding_count", grid, block, arrival, count, inp, N, Vp)
+    kernels.launch("embedding", "embedding_starts", (blocks(Vp, 1024),), (1024,), start, count, Vp)
+    kernels.launch("embedding", "embedding_gather", grid, block, unsorted, arrival, start, inp, N, Vp)
     kernels.launch("embedding", "embedding_rank", grid, block, ordered, unsorted, start, count, inp, N, Vp)
 
     defines, threads = kernels.grad_variant(dwte.dtype), min(blocks(C // 8, 32) * 32, 256)
@@ -46,7 +46,7 @@ def backward(dwte: Array, dwpe: Array, dout: Array, inp: Array) -> None:
     kernels.launch(
         "embedding",
         "embedding_backward_wte_chunks",
-        (N,),
+        (blocks(N, CHUNK),),
         (threads,),
         *(dwte, partial, *found, *sizes),
         defines=defines,
@@ -67,4 +67,4 @@ def _rows_of_partial(N: int) -> int:
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:
     N = dims["B"] * dims["T"]
-    return 4 * (3 * dims["Vp"] + 2 * N + _rows_of_partial(N) * dims["C"])
+    return 4 * (2 * dims["Vp"] + 3 * N + _rows_of_partial(N) * dims["C"])

@@ -10,13 +10,22 @@ from engine.ops.cuda.scratch import blocks, scratch, share_out
 
 Array = Any
 
-MOST_BLOCKS = 1024  # of backward: each leaves sums of 3 C numbers, to be added up
+MOST_BLOCKS = 512  # of backward: each leaves sums of 3 C numbers, to be added up
 FEWEST_ROWS = 8  # of a block
+STAGES = 2  # as in kernels_cu/layernorm.cu
 
 
 def forward(out: Array, mean: Array, rstd: Array, inp: Array, weight: Array, bias: Array) -> None:
     N, C = mean.size, weight.size
-    kernels.launch("layernorm", "layernorm_forward", (blocks(N, 8),), (256,), out, mean, rstd, inp, weight, bias, N, C)
+    defines = packs(C)
+    kernels.launch(
+        "layernorm",
+        "layernorm_forward",
+        (N if "WIDE" in defines else blocks(N, 8),),
+        (256,),
+        *(out, mean, rstd, inp, weight, bias, N, C),
+        defines=defines,
+    )
 
 
 def backward(
@@ -41,6 +50,7 @@ def backward(
         (count,),
         (threads,),
         *(dinp, partial, dout, inp, weight, mean, rstd, rows, count, N, C),
+        shared_bytes=STAGES * 3 * C * 2,
         defines=defines,
     )
     kernels.launch(
@@ -59,8 +69,11 @@ def scratch_bytes(dims: Mapping[str, int]) -> int:
 
 
 def packs(C: int) -> dict[str, int]:
-    """Packs of 8 channels that a thread of backward takes: registers allow 768 threads with one, 512 with two."""
-    return {"PACKS": 1 if C <= 768 * 8 else 2}
+    """Packs of 8 channels that a thread takes: up to 8 of 32 threads in forward, or 4 of 256; in backward, registers
+    allow 768 threads with one, 512 with two.
+    """
+    forward = {"ROW_PACKS": blocks(C, 32 * 8)} if C <= 32 * 8 * 8 else {"ROW_PACKS": blocks(C, 256 * 8), "WIDE": 1}
+    return forward | {"PACKS": 1 if C <= 768 * 8 else 2}
 
 
 MAX_C = 512 * 2 * 8

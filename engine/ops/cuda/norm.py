@@ -6,30 +6,34 @@ from typing import Any
 import numpy as np
 
 from engine.device import kernels
-from engine.ops.cuda import scalars
 from engine.ops.cuda.scratch import blocks, scratch
 
 Array = Any
 
-PER_BLOCK = 1 << 13  # elements: a layer of 7 M makes 860 blocks, enough for all multiprocessors
+MOST_BLOCKS = 1024  # of a slice: about as many as a GPU has at a time
+FEWEST_PACKS = 1024  # of a block, of 8 elements
+MOST_SLICES = 64  # of a launch: what is to be added up takes scratch memory
 
 
-def squared(out: Array, grads: Array) -> None:
-    """grads (n): n divides by 8."""
-    count = blocks(grads.size, PER_BLOCK)
-    (partial,) = scratch(((count,), np.float64))
-    kernels.launch(
-        "norm",
-        "norm_squared",
-        (count,),
-        (256,),
-        *(partial, grads, PER_BLOCK, count, grads.size),
-        defines=kernels.grad_variant(grads.dtype),
-    )
-    scalars.total(out, partial)
+def squared(out: Array, grads: Array, slices: Array) -> None:
+    """Slices begin and end at multiples of 8."""
+    defines, count = kernels.grad_variant(grads.dtype), _blocks(grads.size)
+    for first in range(0, out.size, MOST_SLICES):
+        some, theirs = slices[first : first + MOST_SLICES], out[first : first + MOST_SLICES]
+        S = theirs.size
+        (partial,) = scratch(((S, count), np.float64))
+        sizes = FEWEST_PACKS, MOST_BLOCKS, count, S, grads.size
+        kernels.launch("norm", "norm_squared", (count, S), (256,), *(partial, grads, some, *sizes), defines=defines)
+        kernels.launch("norm", "norm_sums", (S,), (256,), theirs, partial, count, S, defines=defines)
+
+
+def _blocks(n: int) -> int:
+    """How many blocks a slice takes at most, of a buffer of n elements."""
+    return min(MOST_BLOCKS, blocks(n, FEWEST_PACKS * 8))
 
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:
-    """Of the larger of the two kinds of buckets: the embedding, and a layer with the final layernorm."""
-    C = dims["C"]
-    return 8 * blocks(max((dims["Vp"] + dims["maxT"]) * C, 12 * C * C + 15 * C), PER_BLOCK)
+    """Of as many slices as a launch takes, each with the blocks that the whole flat buffer would take."""
+    L, C = dims["L"], dims["C"]
+    n = (dims["Vp"] + dims["maxT"]) * C + L * (12 * C * C + 13 * C) + 2 * C
+    return 8 * MOST_SLICES * _blocks(n)

@@ -47,18 +47,18 @@ def update(
     *,
     beta1: float,
     beta2: float,
-    decays: bool,
+    decayed: int,
     seed: int = 0,
     stream: int = 0,
     first: int = 0,
 ) -> None:
-    """params (n) =, master (n) +=, m (n) =, v (n) =; grads (n) are read. decays: does weight decay apply?
+    """params (n) =, master (n) +=, m (n) =, v (n) =; grads (n) are read.
 
-    clip () scales the gradient and skip () != 0 leaves everything as it is: both are arrays that the device decided
-    on (guard.decide), so that no host waits. schedule (4) float64 holds a Schedule: an array too, so that every update
-    is the same call, which a device may record once and replay. master may be params itself: then bfloat16 parameters
-    are rounded at random, by bits that are keyed by (seed, t) and counted by (stream, index); first is the index of the
-    first element.
+    Weight decay applies to the first `decayed` elements. clip () scales the gradient and skip () != 0 leaves everything
+    as it is: both are arrays that the device decided on (guard.decide), so that no host waits. schedule (4) float64
+    holds a Schedule: an array too, so that every update is the same call, which a device may record once and replay.
+    master may be params itself: then bfloat16 parameters are rounded at random, by bits that are keyed by (seed, t) and
+    counted by (stream, index); first is the index of the first element.
     """
     at_random = master is params and params.dtype == ml_dtypes.bfloat16
     if skip:
@@ -83,8 +83,7 @@ def update(
         tmp += epsilon
         np.divide(mb, tmp, out=tmp)
         tmp *= step_size
-        if decays:
-            x *= keep
+        x[: max(0, decayed - block.start)] *= keep
         x -= tmp
         if at_random:
             bits = rounding.random_bits(first + block.start, x.size, seed=seed, t=int(t), stream=stream)
