@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,7 +190,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 RAISES = """
 import os, runpy, time
-from pathlib import Path
 import engine.data
 from mpi4py import MPI
 take = engine.data.Loader.next
