@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from bench.ranks import BESIDE_ATTENTION
 from tests.conftest import ROOT, TIMEOUT, TRAIN, Run, data, finish, write_shards
 from tests.test_cuda_train import assert_same_checkpoint, checkpoint, losses, records
 from tests.test_ranks import (  # skips this module too, where there is no mpirun
@@ -285,11 +286,15 @@ def test_a_rank_that_is_stopped_is_named_and_ends_the_job(shards, tmp_path, ende
 
 
 def test_the_benchmark_runs(tmp_path):
-    options = (
-        *"-e l3h2c64 -b 4 -t 64 --vocabulary 200 --device cuda --warm-up 2 --steps 4 --lanes 4".split(),
-        "--json",
+    size = (
+        "-e l3h2c64 -b 4 -t 64 --vocabulary 200 --device cuda --warm-up 2 --steps 4 --lanes 4 --loss-steps 10".split()
     )
-    result = run(2, *options, tmp_path / "ranks.json", program=ROOT / "bench/ranks.py")
+    result = run(2, *size, "--json", tmp_path / "ranks.json", program=ROOT / "bench/ranks.py")
     assert result.code == 0, result.err
     figures = json.loads((tmp_path / "ranks.json").read_text())
-    assert len({variant["loss"] for name, variant in figures["variants"].items() if len(name) == len("-z 0")}) == 1
+    same = {f"-z {stage}" for stage in (0, 1, 2)} | {"-z 1 --cuda-graph on", BESIDE_ATTENTION}
+    assert len({figures["variants"][name]["loss"] for name in same}) == 1
+    for variant in figures["variants"].values():
+        assert variant["held"] == {name: variant["memory"][name] for name in ("gradients", "optimizer")}
+    assert figures["nccl"]["with exchanges"] <= figures["nccl_allowed"]
+    np.testing.assert_allclose(figures["losses"]["2"], figures["losses"]["1"], rtol=2**-8)
