@@ -314,7 +314,8 @@ def loss_curves(
     for world in sorted(n for n in {1, 2, 4, 8, comm.world} if comm.world % n == 0):
         some = MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Incl(range(world))) if comm.rank < world else None
         if some:
-            ranks = training.on_devices(MPIRanks(some), "cuda" if dev.WORKS_ALONE else "numpy")
+            several: Communicator = MPIRanks(some) if world > 1 else OneRank()
+            ranks = training.on_devices(several, "cuda" if dev.WORKS_ALONE else "numpy")
             found[str(world)] = losses_of(replace(step, zero_stage=int(world > 1)), ranks, config, dev, operations)
         comm.barrier()
     return found

@@ -458,7 +458,7 @@ def wait_for_ranks(process: subprocess.Popen, world: int) -> list[int]:
     """The ranks' process numbers, once the first step is done."""
     assert process.stdout
     for line in process.stdout:
-        if re.match(r"step +\d+/", line):
+        if re.search(r"step +\d+/", line):  # Open MPI gives ranks a terminal, on which they begin with a code
             break
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
     ours = [pid for pid in pids if is_rank(pid) and descends_from(pid, process.pid)]
