@@ -190,7 +190,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 RAISES = """
-import os, runpy, time
+import os, runpy, sys, time
+from pathlib import Path
 import engine.data
 from mpi4py import MPI
 take = engine.data.Loader.next
