@@ -73,6 +73,7 @@ def build_and_train(run: RunConfig, comm: Communicator) -> int:
     try:
         return train(t, log)
     finally:
+        t.forget_recorded()
         log.close()
 
 

@@ -2,9 +2,12 @@
 
 Tokens per second of one rank alone and of all, in the same call on the same machine; for each way to share out (-z,
 --reduce, --lanes) the step's time, with the exchanges and without them: the difference is what of them is not hidden
-behind computing. Then how long each exchange and sum takes, on whatever stream it runs, and each rank's memory.
+behind computing. Then how long each exchange and sum takes, on whatever stream it runs, beside computing and without
+it, and each rank's memory: what the tables say, what there is, and what NCCL takes. Last, the losses of 1, 2, 4, ...
+ranks on the same global batches, in one picture.
 
-Tokens are random, and the updates are real ones. All that is timed is train.py's own step.
+Tokens are random, and the updates are real ones. All that is timed is train.py's own step. NCCL takes its variables
+(NCCL_MAX_CTAS, ...) from the environment, and they are written down.
 """
 
 import gc
@@ -12,10 +15,13 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
+from functools import cache
+from itertools import count, repeat
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -31,14 +37,19 @@ from engine import device, ops, training
 from engine.comm import Communicator, connect, ending_together
 from engine.comm.one import OneRank
 from engine.config import GPT2Config, RunConfig, model_from_descriptor
-from engine.device import eagerly
+from engine.device import cuda, eagerly
 from engine.errors import UsageError, exit_on_user_error
 from engine.memory import gradient_dtype, memory_by_class, require_memory
+from engine.report import have_matplotlib
 from engine.training import Training
 from engine.watchdog import Watchdog
 
 EXCHANGES = ("exchange", "reduce_scatter", "all_gather")
 FEW = 3  # steps whose exchanges are timed one by one: the marks between them cost a little
+LOSSES = "losses"  # what --only calls the runs on 1, 2, 4, ... ranks
+WORDS, WORD = 2000, 4  # the text of those: words of a language, each so many tokens
+MOST_SAMPLES = 16  # of a micro-batch of theirs: their losses count, not their speed
+BESIDE_ATTENTION = "-z 1 beside attention"
 
 
 class Silent:
@@ -74,15 +85,51 @@ class Timed:
         return getattr(self._comm, name)
 
 
-def make(run: RunConfig, comm: Any, config: GPT2Config, dev: ModuleType, operations: Any, tokens: Any) -> Training:
-    """A run on random tokens, int32 (2,B,T): every micro-batch is the same one."""
+def start_beside_attention(t: Training) -> None:
+    """The exchange of a layer begins when attention's backward of the layer below does, not with the next multiply.
+
+    An experiment: NCCL's blocks take a multiprocessor each for themselves, and a multiply whose blocks stay from its
+    beginning to its end, one on each, ends late if it does not get all at once; attention has many short blocks.
+    """
+    waiting: list[int] = []
+    operations: Any = t.ops
+
+    def begin() -> None:
+        while waiting:
+            t.zero.reduce(waiting.pop(0))
+
+    def ready(bucket: int) -> None:
+        waiting.append(bucket)
+        if bucket <= 1:  # no attention follows
+            begin()
+
+    def attention_backward(*args: Any) -> None:
+        begin()
+        operations.attention.backward(*args)
+
+    attention = SimpleNamespace(**vars(operations.attention) | {"backward": attention_backward})
+    t.model.ops = SimpleNamespace(**vars(operations) | {"attention": attention})  # type: ignore[assignment]
+    t.zero.when_ready = lambda last: ready if last else ignore  # type: ignore[method-assign]
+
+
+def ignore(bucket: int) -> None:
+    """What happens to gradients that further micro-batches will add to."""
+
+
+initial_parameters = cache(training.initial_parameters)
+
+
+def make(
+    run: RunConfig, comm: Any, config: GPT2Config, dev: ModuleType, operations: Any, batches: Iterator[Any]
+) -> Training:
+    """A run on batches: the tokens and targets, int32 (2,B,T), of one micro-batch after another."""
     model, zero, optimizer = training.assemble(run, comm, config, dev, operations)
-    optimizer.set_parameters(training.initial_parameters(config, run.seed))
+    optimizer.set_parameters(initial_parameters(config, run.seed))
     parts: dict[str, Any] = {"run": run, "comm": comm, "config": config, "device": dev, "ops": operations}
     parts |= {"model": model, "zero": zero, "optimizer": optimizer, "val": None, "tokenizer": None, "identity": {}}
     return Training(
         **parts,
-        loader=SimpleNamespace(next=lambda: tokens),  # type: ignore[arg-type]
+        loader=SimpleNamespace(next=batches.__next__),  # type: ignore[arg-type]
         steps=1 << 30,
         start=0,
         watchdog=Watchdog(OneRank(), 0),
@@ -107,15 +154,49 @@ def seconds_a_step(t: Training, warm_up: int, steps: int) -> float:
     return float(t.comm.gather(np.array([seconds])).max())
 
 
-def phases(t: Training, timed: Timed) -> list[dict[str, Any]]:
-    """Of rank 0: each kind of exchange and sum, by the bytes that it is of, per step."""
+def exchanges_alone(t: Training) -> None:
+    """Every exchange and sum of a step, one after another, with nothing beside."""
+    for _ in range(FEW):
+        for bucket in range(len(t.model.params.buckets)):
+            t.comm.barrier()
+            t.zero.reduce(bucket)
+            t.zero.settle()
+            t.zero.gather_parameters(bucket)
+            t.zero.settle()
+
+
+def medians(timed: Timed, dev: ModuleType) -> dict[tuple[str, int], tuple[float, float]]:
+    """(name, bytes) -> how often in each of FEW steps, and how many us: of rank 0's exchanges and sums since the last
+    time.
+    """
     seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
     for name, nbytes, began, ended in timed.calls:
-        seconds[name, nbytes].append(t.device.seconds_between(began, ended))
+        seconds[name, nbytes].append(dev.seconds_between(began, ended))
+    timed.calls.clear()
+    return {key: (len(each) / FEW, 1e6 * float(np.median(each))) for key, each in seconds.items()}
+
+
+def phases(t: Training, timed: Timed) -> list[dict[str, Any]]:
+    """Each kind of exchange and sum, by the bytes that it is of: beside computing and alone."""
+    for step in range(FEW):
+        train.train_step(t, step)
+    t.zero.settle()
+    beside = medians(timed, t.device)
+    exchanges_alone(t)
+    alone = medians(timed, t.device)
     return [
-        {"name": name, "bytes": nbytes, "times": len(each) / FEW, "us": 1e6 * float(np.median(each))}
-        for (name, nbytes), each in sorted(seconds.items())
+        {"name": name, "bytes": nbytes, "times": times, "us": us, "us_alone": alone[name, nbytes][1]}
+        for (name, nbytes), (times, us) in sorted(beside.items())
     ]
+
+
+def held(t: Training) -> dict[str, int]:
+    """Bytes that the arrays of gradients and of the optimizer take."""
+    zero: Any = t.zero
+    received = [zero._received, *([zero._shard] if zero.shards_gradients else [])]
+    gradients = [*(lane.flat for lane in t.model.lanes), *received]
+    moments = [t.optimizer.m, t.optimizer.v, *([] if t.optimizer.master is None else [t.optimizer.master])]
+    return {name: sum(a.nbytes for a in arrays) for name, arrays in (("gradients", gradients), ("optimizer", moments))}
 
 
 def release(dev: ModuleType) -> None:
@@ -128,14 +209,23 @@ def release(dev: ModuleType) -> None:
 
 
 def measure(
-    run: RunConfig, comm: Communicator, config: GPT2Config, dev: ModuleType, tokens: Any, warm_up: int, steps: int
+    run: RunConfig,
+    comm: Communicator,
+    config: GPT2Config,
+    dev: ModuleType,
+    tokens: Any,
+    warm_up: int,
+    steps: int,
+    beside_attention: bool = False,
 ) -> dict[str, Any]:
     """One way to share out: a step's time with exchanges and without, its phases, its memory."""
     operations = ops.load("cuda" if dev.WORKS_ALONE else "numpy")
     require_memory(run, config, dev, operations, comm.world)
     free = dev.available_bytes()
-    t = make(run, comm, config, dev, operations, tokens)
+    t = make(run, comm, config, dev, operations, repeat(tokens))
     taken = free - dev.available_bytes()
+    if beside_attention:
+        start_beside_attention(t)
     found: dict[str, Any] = {"seconds": seconds_a_step(t, warm_up, steps), "loss": float(dev.to_host(t.loss))}
     if comm.world > 1:
         zero: Any = t.zero
@@ -143,12 +233,11 @@ def measure(
         summed = SimpleNamespace(sum_slices=timed.timed("sum", operations.reduce.sum_slices))
         zero._comm, zero._ops = timed, SimpleNamespace(**vars(operations) | {"reduce": summed})
         t.replay = eagerly  # a graph would go on with what it has recorded
-        for step in range(FEW):
-            train.train_step(t, step)
         found["phases"] = phases(t, timed)
         zero._comm, zero._ops, t.replay = Silent(comm), operations, dev.replay(run.cuda_graph, print)
         found["seconds_silent"] = seconds_a_step(t, 2, steps)
     found["memory"] = memory_by_class(run, config, dev, operations, comm.world)
+    found["held"] = held(t)
     found["taken"] = taken if dev.WORKS_ALONE else None  # on CPUs other programs take some too
     found["tokens_per_second"] = run.samples_per_step(comm.world) * run.T / found["seconds"]
     t = zero = None  # type: ignore[assignment]
@@ -156,31 +245,107 @@ def measure(
     return found
 
 
+def of_nccl(ranks: Communicator, dev: ModuleType, free_before: int) -> dict[str, int]:
+    """Bytes of a GPU's memory that NCCL takes: to connect the ranks, and with the first exchange of each kind."""
+    from cupy.cuda import runtime
+
+    def free() -> int:
+        runtime.deviceSynchronize()
+        return runtime.memGetInfo()[0]
+
+    connected = free_before - free()
+    buffers = [dev.zeros((ranks.world, 1 << 20), dev.COMPUTE_DTYPE) for _ in range(2)]
+    before = free()
+    ranks.exchange(*buffers)
+    ranks.all_gather(buffers[0].reshape(-1))
+    ranks.reduce_scatter(buffers[0].reshape(-1))
+    return {"connected": connected, "with exchanges": connected + before - free()}
+
+
 def name_of(run: RunConfig) -> str:
     parts = [f"-z {run.zero_stage}", f"--reduce {run.reduce}" * (run.reduce != "owner"), f"--lanes {run.lanes}"]
     accumulated = f"-d {run.total_batch}" * (run.total_batch != -1)
-    return " ".join(part for part in (*parts[: 3 if run.lanes else 2], accumulated) if part)
+    graph = f"--cuda-graph {run.cuda_graph}" * (run.cuda_graph != "off")
+    return " ".join(part for part in (*parts[: 3 if run.lanes else 2], accumulated, graph) if part)
 
 
-def variants(run: RunConfig, world: int, lanes: int) -> list[RunConfig]:
+def variants(run: RunConfig, world: int, lanes: int, graphs: bool) -> dict[str, RunConfig]:
     """The ways to share out that are measured."""
     found = [replace(run, zero_stage=stage, reduce=reduce) for stage in (0, 1, 2) for reduce in ("owner", "nccl")]
+    beside_attention = replace(run, zero_stage=1)
+    if graphs:
+        found.append(replace(run, zero_stage=1, cuda_graph="on"))
     if lanes:
         tokens = max(run.total_batch, lanes * run.B * run.T, world * run.B * run.T)
         step = replace(run, zero_stage=1, total_batch=tokens)
         found += [step, replace(step, lanes=lanes)]
+    return {name_of(each): each for each in found} | {BESIDE_ATTENTION: beside_attention}
+
+
+def text_of_words(config: GPT2Config, run: RunConfig, comm: Any) -> Iterator[np.ndarray]:
+    """This rank's micro-batches, int32 (2,B,T): the samples of a step are the same on any number of ranks.
+
+    A language to learn: some words are frequent, each of the same few tokens.
+    """
+    words = np.random.default_rng(0).integers(0, config.V, (WORDS, WORD))
+    for batch in count():
+        first = (batch * comm.world + comm.rank) * run.B
+        drawn = [
+            np.random.default_rng((1, i)).zipf(1.3, run.T // WORD + 1) % WORDS for i in range(first, first + run.B)
+        ]
+        tokens = words[np.array(drawn)].reshape(run.B, -1).astype(np.int32)
+        yield np.stack([tokens[:, : run.T], tokens[:, 1 : run.T + 1]])
+
+
+def loss_curves(
+    run: RunConfig, comm: Communicator, config: GPT2Config, dev: ModuleType, operations: Any, steps: int
+) -> dict[str, list[float]]:
+    """What 1, 2, 4, ... ranks, up to all, see on the same global batches: the loss of every step."""
+    from mpi4py import MPI
+
+    from engine.comm.mpi import MPIRanks
+
+    B = min(run.B, MOST_SAMPLES)
+    step = replace(run, B=B, total_batch=comm.world * B * run.T, steps=steps, lr=6e-4, warmup=min(steps, 20))
+    dims, dtype = config.dims() | {"B": B, "T": run.T}, gradient_dtype(step, dev)
+    operations.prepare(dims, step.gelu_fusion, dtype)
+    training.tune_together(step, comm, operations, dims, dtype, {}, lambda line: None)
+    found: dict[str, list[float]] = {}
+    for world in sorted(n for n in {1, 2, 4, 8, comm.world} if comm.world % n == 0):
+        some = MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Incl(range(world))) if comm.rank < world else None
+        if some:
+            several: Communicator = MPIRanks(some) if world > 1 else OneRank()
+            ranks = training.on_devices(several, "cuda" if dev.WORKS_ALONE else "numpy")
+            found[str(world)] = losses_of(replace(step, zero_stage=int(world > 1)), ranks, config, dev, operations)
+        comm.barrier()
     return found
+
+
+def losses_of(run: RunConfig, comm: Any, config: GPT2Config, dev: ModuleType, operations: Any) -> list[float]:
+    t = make(run, comm, config, dev, operations, text_of_words(config, run, comm))
+    t.steps = run.steps
+    losses = []
+    for step in range(run.steps):
+        train.train_step(t, step)
+        losses.append(float(dev.to_host(t.loss)))
+    release(dev)
+    return losses
 
 
 def text(figures: dict[str, Any]) -> str:
     """The figures for people."""
-    lines = [
-        f"{figures['command']}   {figures['date']}",
-        figures["machine"],
-        figures["versions"],
+    lines = [f"{figures['command']}   {figures['date']}", figures["machine"], figures["versions"]]
+    if figures["environment"]:
+        lines.append(" ".join(f"{name}={value}" for name, value in figures["environment"].items()))
+    if nccl := figures["nccl"]:
+        sizes = ", ".join(f"{name} {nbytes / 2**20:,.1f}" for name, nbytes in nccl.items())
+        allowed = f"{figures['nccl_allowed'] / 2**20:,.0f}"
+        lines.append(f"NCCL's memory on a GPU, the most of all ranks, MiB: {sizes}; a run leaves {allowed} free for it")
+    lines += [
         "",
         *(
-            f"one rank, {name}: {found['seconds'] * 1000:.2f} ms a step, {found['tokens_per_second']:,.0f} tokens/s"
+            f"one rank, {name}: {found['seconds'] * 1000:.2f} ms a step, {found['tokens_per_second']:,.0f} tokens/s "
+            f"(all at once, each on its own: {', '.join(f'{1000 * each:.2f}' for each in found['seconds_of_each'])})"
             for name, found in figures["one rank"].items()
         ),
         f"ideal: {figures['world']} times that; exposed: the step less the same step without exchanges",
@@ -196,15 +361,51 @@ def text(figures: dict[str, Any]) -> str:
     for name, found in figures["variants"].items():
         lines += ["", f"{name}: on rank 0, by the bytes of the buffer"]
         for row in found["phases"]:
-            rate = row["bytes"] / row["us"] / 1000
+            rate = row["bytes"] / row["us_alone"] / 1000
             lines.append(
                 f"  {row['name']:16}{row['bytes']:>13,} bytes {row['times']:6.1f} times a step"
-                f"{row['us']:12.1f} us each{rate:9.1f} GB/s"
+                f"{row['us']:12.1f} us each,{row['us_alone']:9.1f} us alone ({rate:.1f} GB/s)"
             )
         classes = ", ".join(f"{kind} {nbytes / 2**20:,.1f}" for kind, nbytes in found["memory"].items() if nbytes)
+        arrays = " and ".join(f"{kind} {nbytes / 2**20:,.1f}" for kind, nbytes in found["held"].items())
         measured = f"; taken {found['taken'] / 2**20:,.1f}" if found["taken"] is not None else ""
-        lines.append(f"  memory of a rank, MiB: {classes}{measured}")
-    return "\n".join(lines)
+        lines.append(f"  memory of a rank, MiB, by the tables: {classes}")
+        lines.append(f"  and of its arrays: {arrays}{measured}")
+    if curves := figures["losses"]:
+        lines += ["", *losses_in_words(curves)]
+    return "\n".join([*lines, "", f"{figures['took']:.0f} s in all"])
+
+
+def losses_in_words(curves: dict[str, list[float]]) -> Iterator[str]:
+    steps = len(curves["1"])
+    yield "losses of so many ranks on the same global batches:"
+    yield f"{'step':>8}" + "".join(f"{world:>12}" for world in curves)
+    for step in sorted({0, 1, steps // 4, steps // 2, 3 * steps // 4, steps - 1}):
+        yield f"{step + 1:8}" + "".join(f"{curve[step]:12.5f}" for curve in curves.values())
+    one = np.array(curves["1"])
+    for world, curve in curves.items():
+        if world != "1":
+            off = np.abs(np.array(curve) / one - 1)
+            yield f"{world} ranks: off by {off[0]:.1e} of one rank's at first, {off.max():.1e} at most"
+
+
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5.5), dpi=120)
+    for i, (world, curve) in enumerate(curves.items()):
+        label = f"{world} GPU" + "s" * (world != "1")
+        axes.plot(range(1, len(curve) + 1), curve, label=label, linewidth=4 - i, alpha=0.7)
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.set_title("the same global batches")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
 
 
 @click.command(context_settings={"show_default": True})
@@ -214,71 +415,114 @@ def text(figures: dict[str, Any]) -> str:
 @click.option("-d", "total_batch", default=-1, help="Tokens in a step, as in train.py.")
 @click.option("-r", "recompute", type=click.IntRange(0, 2), default=0, help="Recomputation, as in train.py.")
 @click.option("--lanes", default=0, help="Measure so many lanes too, and the same step without.")
-@click.option("--only", default="", help="Only what is called this, as -z 1; several with commas between them.")
-@click.option("--cuda-graph", type=click.Choice(["on", "off"]), default="off", help="As in train.py.")
+@click.option("--only", default="", help="Only what is called so, as -z 1, losses, with commas between.")
 @click.option("--vocabulary", "V", default=50257, help="Tokens in the vocabulary.")
 @click.option("--device", "wanted", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="As in train.py.")
 @click.option("--warm-up", default=10, help="Steps before any that is timed.")
 @click.option("--steps", default=20, help="Steps that are timed.")
+@click.option("--loss-steps", default=100, help="Steps of the runs whose losses are compared.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--png", "png_path", type=click.Path(path_type=Path), help="Draw the losses here.")
 @exit_on_user_error
-def main(model: str, B: int, T: int, V: int, wanted: str, json_path: Path | None, **options: Any) -> None:
+def main(model: str, B: int, T: int, V: int, wanted: str, only: str, **options: Any) -> None:
     """What several ranks cost, on random tokens."""
     comm = connect(os.environ)
     with ending_together(comm):
         if comm.world == 1:
             raise UsageError("one rank has nobody to exchange with: start several with mpirun -np")
-        config = model_from_descriptor(model, V, T)
-        common = {name: options[name] for name in ("total_batch", "recompute", "cuda_graph")}
-        run = RunConfig(model=model, B=B, T=T, weight_decay=0.1, **common)
-        wanted_names = {name.strip() for name in options["only"].split(",") if name.strip()}
-        runs = {name_of(each): each for each in variants(run, comm.world, options["lanes"])}
-        if unknown := wanted_names - runs.keys():
-            raise UsageError(f"--only {', '.join(sorted(unknown))}: there are {', '.join(runs)}")
+        if options["png_path"] and not have_matplotlib():
+            raise UsageError("--png needs matplotlib: pip install matplotlib")
+        backend = device.choose(wanted, print if comm.rank == 0 else lambda line: None)
+        common = {name: options[name] for name in ("total_batch", "recompute")}
+        run = RunConfig(model=model, B=B, T=T, weight_decay=0.1, cuda_graph="off", **common)
+        runs = variants(run, comm.world, options["lanes"], graphs=device.load(backend).WORKS_ALONE)
+        chosen = {name.strip() for name in only.split(",") if name.strip()} or {*runs, LOSSES}
+        if unknown := chosen - {*runs, LOSSES}:
+            raise UsageError(f"--only {', '.join(sorted(unknown))}: there are {', '.join(runs)}, {LOSSES}")
         figures = compare(
-            {name: each for name, each in runs.items() if not wanted_names or name in wanted_names},
-            *(comm, config, wanted, options["warm_up"], options["steps"]),
+            run,
+            {name: each for name, each in runs.items() if name in chosen},
+            comm,
+            model_from_descriptor(model, V, T),
+            backend,
+            *(options["warm_up"], options["steps"], options["loss_steps"] if LOSSES in chosen else 0),
         )
         if comm.rank == 0:
             print(text(figures))
-            if json_path:
-                json_path.write_text(json.dumps(figures, indent=1) + "\n")
+            if options["json_path"]:
+                options["json_path"].write_text(json.dumps(figures, indent=1) + "\n")
+            if options["png_path"] and figures["losses"]:
+                draw(figures["losses"], options["png_path"])
 
 
 def compare(
-    runs: dict[str, RunConfig], comm: Communicator, config: GPT2Config, wanted: str, warm_up: int, steps: int
+    run: RunConfig,
+    runs: dict[str, RunConfig],
+    comm: Communicator,
+    config: GPT2Config,
+    backend: str,
+    warm_up: int,
+    steps: int,
+    loss_steps: int,
 ) -> dict[str, Any]:
     """All that is measured."""
-    backend = device.choose(wanted, print if comm.rank == 0 else lambda line: None)
-    ranks = training.on_devices(comm, backend)
+    began = time.monotonic()
     dev, operations = device.load(backend), ops.load(backend)
-    run = next(iter(runs.values()))
     if problem := operations.unsupported(run.B, config.C, config.HS):
         raise UsageError(f"-e {run.model}: {problem}")
+    free = free_before_nccl(comm) if dev.WORKS_ALONE else 0
+    ranks = training.on_devices(comm, backend)
+    nccl = most_of(comm, of_nccl(ranks, dev, free)) if dev.WORKS_ALONE else {}
     dims, dtype = config.dims() | {"B": run.B, "T": run.T}, gradient_dtype(run, dev)
     operations.prepare(dims, run.gelu_fusion, dtype)
     training.tune_together(run, ranks, operations, dims, dtype, {}, lambda line: None)
     rng = np.random.default_rng(comm.rank)
     tokens = tuple(rng.integers(0, config.V, (run.B, run.T)).astype(np.int32) for _ in range(2))
     measuring = config, dev, tokens, warm_up, steps
-    # Each way is compared with one rank that takes the same micro-batches, or with -d the same steps.
-    alone = {each.total_batch: replace(each, zero_stage=0, reduce="owner", lanes=0) for each in runs.values()}
-    one = {batch: measure(each, OneRank(), *measuring) if comm.rank == 0 else {} for batch, each in alone.items()}
-    ranks.barrier()
-    found: dict[str, Any] = {name: measure(each, ranks, *measuring) for name, each in runs.items()}
-    if comm.rank == 0:
-        for name, each in runs.items():
-            ideal = comm.world * one[each.total_batch]["tokens_per_second"]
-            found[name]["of_ideal"] = found[name]["tokens_per_second"] / ideal
+    # Each way is compared with one rank that takes the same micro-batches, or with -d the same steps. All ranks do that
+    # at once, each for itself: no GPU is as fast as another.
+    alone = {
+        each.total_batch: replace(each, zero_stage=0, reduce="owner", lanes=0, cuda_graph="off")
+        for each in runs.values()
+    }
+    one = {batch: measure(each, OneRank(), *measuring) for batch, each in alone.items()}
+    for batch, figures in one.items():
+        seconds = comm.gather(np.array([figures["seconds"]]))[:, 0]
+        figures["seconds_of_each"] = seconds.tolist()
+        figures["seconds"] = comm.world / (1 / seconds).sum()
+        figures["tokens_per_second"] = alone[batch].samples_per_step(1) * run.T / figures["seconds"]
+    found = {name: measure(each, ranks, *measuring, name == BESIDE_ATTENTION) for name, each in runs.items()}
+    for name, each in runs.items():
+        ideal = comm.world * one[each.total_batch]["tokens_per_second"]
+        found[name]["of_ideal"] = found[name]["tokens_per_second"] / ideal
     return {
         "one rank": {name_of(alone[batch]): each for batch, each in one.items()},
         "variants": found,
+        "losses": loss_curves(run, ranks, config, dev, operations, loss_steps) if loss_steps else {},
         "world": comm.world,
+        "nccl": nccl,
+        "nccl_allowed": dev.OVERHEAD_OF_RANKS,
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")},
         "command": shlex.join(["mpirun", "-np", str(comm.world), "python", *sys.argv]),
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
         "machine": f"{comm.world} ranks, each on {dev.describe()}; {machine(backend)}",
         "versions": versions(),
+        "took": time.monotonic() - began,
     }
+
+
+def free_before_nccl(comm: Communicator) -> int:
+    """Bytes of this rank's GPU that are free once CUDA has started on it."""
+    from cupy.cuda import runtime
+
+    cuda.take(comm.local_rank)
+    return runtime.memGetInfo()[0]
+
+
+def most_of(comm: Communicator, sizes: dict[str, int]) -> dict[str, int]:
+    """The most that any rank has of each."""
+    most = comm.gather(np.array([*sizes.values()], np.float64)).max(axis=0)
+    return {name: int(nbytes) for name, nbytes in zip(sizes, most, strict=True)}
 
 
 if __name__ == "__main__":

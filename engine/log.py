@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from engine.errors import CheckpointError
+from engine.launcher import ranks
 
 SECONDS_BETWEEN_LINES = 1.0  # of the status, where it can't be overwritten in place
 
@@ -35,7 +36,8 @@ class RunLog:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
         self._stream, self._start, self._steps = stream, start, steps
-        self._live = stream.isatty()
+        # Open MPI's mpirun gives a rank a terminal even where all that is printed goes into a file.
+        self._live = stream.isatty() and ranks(os.environ)[0] == 1
         self._line_open = False
         self._last_line = -math.inf
         self._began = time.monotonic()

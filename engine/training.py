@@ -16,7 +16,7 @@ from engine.arena import Arena, own_slot
 from engine.comm import Communicator, fingerprints, from_rank_0, on_gpus
 from engine.config import GPT2Config, RunConfig, model_from_descriptor
 from engine.data import Loader, Samples
-from engine.device import cuda
+from engine.device import cuda, eagerly
 from engine.errors import CheckpointError, DataError, DesyncError, UsageError
 from engine.memory import gradient_dtype, memory_by_class, require_memory
 from engine.models import gpt2
@@ -89,6 +89,10 @@ class Training:
         )
         checkpoint.prune(self.out_dir, keep=self.run.keep_checkpoints, every_major=self.run.keep_major)
         return path
+
+    def forget_recorded(self) -> None:
+        """The run is over. NCCL ends only after the CUDA graphs with its work, so they go before it does."""
+        self.replay = eagerly
 
     def require_same_parameters(self) -> None:
         """DesyncError if some rank's parameters are not, bit for bit, rank 0's. All ranks call it together."""

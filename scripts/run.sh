@@ -83,6 +83,10 @@ else
   ((ranks > 1)) && launch=(mpirun -np "$ranks")
 fi
 
+# Open MPI would tie each rank, with all its threads, to one core, as long as there are few ranks. (4 and earlier; 5.)
+export OMPI_MCA_hwloc_base_binding_policy=${OMPI_MCA_hwloc_base_binding_policy:-none}
+export PRTE_MCA_hwloc_default_binding_policy=${PRTE_MCA_hwloc_default_binding_policy:-none}
+
 trap stop HUP INT TERM USR1
 newest=$(newest_step "$dir")
 failures=0

@@ -88,6 +88,13 @@ class Memory(np.ndarray):
         np.ndarray.__setitem__(self, where, values)
 
 
+def copyto(out: Memory, inp: Memory) -> None:
+    assert out.dtype == inp.dtype  # or it is no copy of memory, but a kernel
+    assert out.flags.c_contiguous
+    assert inp.flags.c_contiguous
+    out[...] = inp
+
+
 def zeros(shape: Any, dtype: Any) -> Memory:
     """As a pool of memory gives it: what was there before is of no concern."""
     return np.zeros(shape, dtype).view(Memory)
@@ -142,6 +149,7 @@ class NcclCommunicator:
             raise NcclError("NCCL_ERROR_INVALID_ARGUMENT: no such unique id")
 
     def send(self, address: int, count: int, code: int, peer: int, stream: int) -> None:
+        assert peer != self._mpi.rank, "NCCL carries what need not be carried"
         _group().append(("send", self, address, count, code, peer, stream))
 
     def recv(self, address: int, count: int, code: int, peer: int, stream: int) -> None:
@@ -220,7 +228,7 @@ def _cupy() -> dict[str, ModuleType]:
         nccl=nccl, Stream=Stream, Event=Event, get_current_stream=lambda: streams[GPU.current], __path__=[]
     )
     cupy = ModuleType("cupy")
-    vars(cupy).update(ndarray=Memory, zeros=zeros, cuda=cuda_module, __path__=[])
+    vars(cupy).update(ndarray=Memory, copyto=copyto, zeros=zeros, cuda=cuda_module, __path__=[])
     return {"cupy": cupy, "cupy.cuda": cuda_module, "cupy.cuda.nccl": nccl}
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.ranks import EXCHANGES
+from bench.ranks import BESIDE_ATTENTION, EXCHANGES
 from tests.conftest import ROOT
 from tests.test_ranks import run  # skips this module too, where there is no mpirun
 
@@ -15,8 +15,11 @@ SMALL = (*"-e l2h2c64 --device cpu --vocabulary 200 --warm-up 1 --steps 2".split
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
     target = tmp_path_factory.mktemp("ranks") / "ranks.json"
-    result = run(WORLD, *SMALL, "--lanes", 4, "--json", target, program=ROOT / "bench/ranks.py")
+    picture = target.with_suffix(".png")
+    options = ("--lanes", 4, "--loss-steps", 30, "--json", target, "--png", picture)
+    result = run(WORLD, *SMALL, *options, program=ROOT / "bench/ranks.py")
     assert result.code == 0, result.err
+    assert picture.stat().st_size > 5000
     found = json.loads(target.read_text())
     for name, variant in found["variants"].items():
         assert any(line.startswith(name) and f"{variant['of_ideal']:.2%}" in line for line in result.out.splitlines())
@@ -26,8 +29,11 @@ def figures(tmp_path_factory):
 def test_all_ways_to_share_out_are_there_and_compared_with_one_rank(figures):
     stages = [f"-z {stage}{reduce}" for stage in (0, 1, 2) for reduce in ("", " --reduce nccl")]
     tokens = 4 * B * T
-    assert [*figures["variants"]] == [*stages, f"-z 1 -d {tokens}", f"-z 1 --lanes 4 -d {tokens}"]
+    accumulated = [f"-z 1 -d {tokens}", f"-z 1 --lanes 4 -d {tokens}"]
+    assert [*figures["variants"]] == [*stages, *accumulated, BESIDE_ATTENTION]
     assert [*figures["one rank"]] == ["-z 0", f"-z 0 -d {tokens}"]
+    for alone in figures["one rank"].values():
+        assert min(alone["seconds_of_each"]) <= alone["seconds"] <= max(alone["seconds_of_each"])
     for name, variant in figures["variants"].items():
         alone = figures["one rank"][f"-z 0 -d {tokens}" if "-d" in name else "-z 0"]
         taken = tokens if "-d" in name else WORLD * B * T
@@ -43,6 +49,7 @@ def test_every_bucket_s_exchange_is_there(figures):
         for row in variant["phases"]:
             times[row["name"]] += row["times"]
             assert row["us"] > 0
+            assert row["us_alone"] > 0
         on_the_way = "nccl" in name
         lanes = 2 if "lanes" in name else 1
         assert times["exchange"] == (0 if on_the_way else 3 * lanes)
@@ -52,8 +59,20 @@ def test_every_bucket_s_exchange_is_there(figures):
 
 
 def test_the_stages_train_the_same(figures):
-    losses = {figures["variants"][f"-z {stage}"]["loss"] for stage in (0, 1, 2)}
+    losses = {figures["variants"][name]["loss"] for name in ("-z 0", "-z 1", "-z 2", BESIDE_ATTENTION)}
     assert len(losses) == 1
+
+
+def test_the_arrays_of_a_rank_take_what_the_tables_say(figures):
+    for variant in figures["variants"].values():
+        assert variant["held"] == {name: variant["memory"][name] for name in ("gradients", "optimizer")}
+
+
+def test_ranks_see_the_losses_of_one(figures):
+    """In float32; the text can be learned, so it is not that nothing happens."""
+    one, two = (figures["losses"][str(world)] for world in (1, 2))
+    assert two == pytest.approx(one, rel=1e-5)
+    assert one[-1] < one[0] - 0.3
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import pty
 from pathlib import Path
 
 import pytest
@@ -198,3 +199,21 @@ def test_read_jsonl_leaves_out_a_line_cut_short(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 0, "kind": "val", "loss": 1.0}\n{"step": 1, "ki')
     assert read_jsonl(path) == [{"step": 0, "kind": "val", "loss": 1.0}]
+
+
+@pytest.mark.parametrize(("environ", "in_place"), [({}, True), ({"OMPI_COMM_WORLD_SIZE": "2"}, False)])
+def test_the_status_line_is_overwritten_on_a_terminal_but_not_by_ranks(environ, in_place, monkeypatch):
+    """Open MPI gives ranks a terminal, and what they print may go into a file."""
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    screen, terminal = pty.openpty()
+    with os.fdopen(terminal, "w") as stream:
+        log = RunLog(None, 0, 4, stream)
+        log.train(0, loss=3.0, **STEP)
+        log.close()
+        shown = os.read(screen, 1000).decode()
+    os.close(screen)
+    assert ("\x1b[K" in shown) == in_place
+    assert "loss 3.0" in shown or in_place  # a terminal without a size shows nothing of a line

@@ -1,19 +1,24 @@
 """Ranks on GPUs, on CPUs: NCCL, streams and events by a stand-in that sees races (see nccl_on_cpu.py)."""
 
+import gc
 import json
 import shutil
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import train
 from engine import training
 from engine.comm.one import OneRank
+from engine.config import RunConfig
 from engine.device import cuda
+from engine.device import numpy as numpy_device
 from engine.errors import UsageError
-from tests.conftest import ROOT, Run
+from tests.conftest import ROOT, Run, signals_restored
 from tests.test_ranks import run  # skips this module too, where there is no mpirun
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing: it runs the CUDA operations here")
@@ -97,6 +102,38 @@ def test_a_checkpoint_goes_on_with_another_number_of_gpus(rank_nccl, tmp_path):
     restored = rank_nccl(3, **saving, resume=True)
     for name in restored.keys() - {"beside"}:
         np.testing.assert_array_equal(restored[name], whole[name], err_msg=name)
+
+
+def test_what_is_recorded_is_gone_when_a_run_is_over(shards_dir, monkeypatch, tmp_path):
+    """NCCL's end waits for the CUDA graphs with its work: in a cycle of references with it they would outlive it."""
+
+    class Recorder:
+        """As cuda.Replay, whose keys hold the run that holds it."""
+
+        def __init__(self):
+            self._keys = []
+
+        def __call__(self, function, *args):
+            self._keys.append(args)
+            function(*args)
+
+    recorders = []
+
+    def replay(wanted, say):
+        recorder = Recorder()
+        recorders.append(weakref.ref(recorder))
+        return recorder
+
+    monkeypatch.setattr(numpy_device, "replay", replay)
+    monkeypatch.setattr(train, "have_matplotlib", lambda: False)
+    run = RunConfig(**OPTIONS | {"train_data": f"{shards_dir}/train_*.bin", "device": "cpu", "gemm_search": "auto"})
+    gc.disable()
+    try:
+        with signals_restored():
+            assert train.build_and_train(run, OneRank()) == 0
+        assert [recorder() for recorder in recorders] == [None]
+    finally:
+        gc.enable()
 
 
 # --- each rank its GPU

@@ -1,5 +1,6 @@
 """Several ranks on CPUs, by the real mpirun: the same run as one rank's, and an end for all when one ends."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,14 +16,15 @@ import pytest
 
 from engine import checkpoint
 from engine.config import GPT2Config
+from engine.launcher import ranks
 from engine.models.gpt2 import MODEL_FILE
 from engine.training import OPTIMIZER_FILE
 from tests.conftest import ROOT, TIMEOUT, TRAIN, Run, data, finish
 
-MPIRUN = Path(sys.executable).parent / "mpirun"
+MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 pytest.importorskip("mpi4py", reason='mpi4py is not installed: pip install -e ".[mpi]"')
-if not MPIRUN.exists():
-    pytest.skip(f'no mpirun beside {sys.executable}: pip install -e ".[mpi]"', allow_module_level=True)
+if not MPIRUN:
+    pytest.skip(f'no mpirun beside {sys.executable}, nor in PATH: pip install -e ".[mpi]"', allow_module_level=True)
 
 CONFIG = GPT2Config(maxT=16, V=256, L=2, NH=2, C=8)
 T, GLOBAL_BATCH, STEPS = 16, 24, 10
@@ -456,29 +458,41 @@ def wait_for_ranks(process: subprocess.Popen, world: int) -> list[int]:
     """The ranks' process numbers, once the first step is done."""
     assert process.stdout
     for line in process.stdout:
-        if re.match(r"step +\d+/", line):
+        if re.search(r"step +\d+/", line):  # Open MPI gives ranks a terminal, on which they begin with a code
             break
-    children = subprocess.run(
-        ["pgrep", "-f", f"^{sys.executable} {TRAIN}"], capture_output=True, text=True, check=True
-    ).stdout.split()
-    ours = [int(pid) for pid in children if descends_from(int(pid), process.pid)]
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    ours = [pid for pid in pids if is_rank(pid) and descends_from(pid, process.pid)]
     assert len(ours) == world
     return sorted(ours, key=rank_of)
+
+
+def is_rank(pid: int) -> bool:
+    with contextlib.suppress(OSError):  # it may have ended since it was listed
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(f"{sys.executable}\0{TRAIN}\0".encode())
+    return False
 
 
 def wait_for_end(pids: list[int]) -> None:
     """mpirun may be gone a moment before the ranks that it has killed are."""
     for _ in range(50):
-        alive = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        alive = [pid for pid in pids if is_alive(pid)]
         if not alive:
             return
         time.sleep(0.1)
     pytest.fail(f"still there after 5 seconds: {alive}")
 
 
+def is_alive(pid: int) -> bool:
+    """A process that nobody has asked how it ended is listed, but holds nothing any more."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
+
+
 def rank_of(pid: int) -> int:
-    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return int(next(value[len(b"PMI_RANK=") :] for value in variables if value.startswith(b"PMI_RANK=")))
+    variables = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+    _, rank = ranks(dict(variable.split("=", 1) for variable in variables if "=" in variable))
+    return rank
 
 
 def descends_from(pid: int, ancestor: int) -> bool:

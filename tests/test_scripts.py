@@ -240,6 +240,15 @@ def test_ranks_are_started_by_mpirun_and_save_when_the_loop_is_stopped(shards_di
     assert "stopped by SIGUSR1" in result.out
 
 
+def test_open_mpi_ties_no_rank_to_a_core_unless_it_is_told_to(tmp_path):
+    names = ("OMPI_MCA_hwloc_base_binding_policy", "PRTE_MCA_hwloc_default_binding_policy")
+    python = stand_in(tmp_path / "python", f"env >{tmp_path}/env")
+    for env, policies in (({}, ("none", "none")), ({names[0]: "core"}, ("core", "none"))):
+        assert run(SCRIPTS / "run.sh", "-o", tmp_path / "run", PYTHON=python, **env).code == 0
+        lines = (tmp_path / "env").read_text().splitlines()
+        assert all(f"{name}={policy}" in lines for name, policy in zip(names, policies, strict=True))
+
+
 # --- several machines
 
 HOSTS = """# two MPIs' ways of saying it

@@ -13,10 +13,12 @@ FORWARDING = 0.3  # seconds for mpirun to pass on what a rank has printed: after
 
 
 class MPIRanks(InOrder):
-    """The ranks of MPI_COMM_WORLD. Buffers are numpy arrays of any real dtype, bfloat16 among them."""
+    """The ranks of MPI_COMM_WORLD, or of another of MPI's communicators. Buffers are numpy arrays of any real dtype,
+    bfloat16 among them.
+    """
 
-    def __init__(self) -> None:
-        self._comm = MPI.COMM_WORLD
+    def __init__(self, comm: MPI.Intracomm = MPI.COMM_WORLD) -> None:
+        self._comm = comm
         self.rank, self.world = self._comm.rank, self._comm.size
         neighbours = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_world = neighbours.rank, neighbours.size

@@ -53,10 +53,13 @@ class NCCLRanks:
     def exchange(self, out: Array, inp: Array) -> None:
         self._check(out, inp)
         count, code = inp.size // self.world, self._dtypes[inp.dtype]
-        with self._in_order(), self._group():
-            for peer in range(self.world):
-                self._ranks.send(_address(inp[peer]), count, code, peer, self._stream.ptr)
-                self._ranks.recv(_address(out[peer]), count, code, peer, self._stream.ptr)
+        with self._in_order():
+            # NCCL would take as many multiprocessors for what stays here as for what a peer gets.
+            self._cupy.copyto(out[self.rank], inp[self.rank])
+            with self._group():
+                for peer in (rank for rank in range(self.world) if rank != self.rank):
+                    self._ranks.send(_address(inp[peer]), count, code, peer, self._stream.ptr)
+                    self._ranks.recv(_address(out[peer]), count, code, peer, self._stream.ptr)
 
     def reduce_scatter(self, buffer: Array) -> None:
         self._check(buffer)
