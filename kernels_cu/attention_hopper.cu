@@ -144,13 +144,13 @@ struct ColumnSums {
 struct Ring {
     Barrier full[STAGES], empty[STAGES];
 
-    // All threads: for so many warpgroups and threads that fill, and a barrier besides for what each warpgroup has for
+    // All threads: for so many threads that fill, and that leave, and a barrier besides for what each warpgroup has for
     // itself.
-    __device__ __forceinline__ void make(int groups, int fillers, Barrier& own) {
+    __device__ __forceinline__ void make(int fillers, int leavers, Barrier& own) {
         if (threadIdx.x == 0) {
             for (int i = 0; i < STAGES; i++) {
                 barrier_make(full[i], fillers);
-                barrier_make(empty[i], groups * GROUP / WARP);
+                barrier_make(empty[i], leavers);
             }
             barrier_make(own, 1);
             barriers_made();
@@ -161,10 +161,12 @@ struct Ring {
         if (step >= STAGES) barrier_wait(empty[step % STAGES], step / STAGES - 1 & 1);
     }
     __device__ __forceinline__ void wait_full(int step) { barrier_wait(full[step % STAGES], step / STAGES & 1); }
-    // A warp is through with a stage.
-    __device__ __forceinline__ void leave(int step) {
+    // A thread is through with a stage.
+    __device__ __forceinline__ void leave(int step) { barrier_arrive(empty[step % STAGES]); }
+    // A warp is.
+    __device__ __forceinline__ void leave_together(int step) {
         __syncwarp();
-        if (threadIdx.x % WARP == 0) barrier_arrive(empty[step % STAGES]);
+        if (threadIdx.x % WARP == 0) leave(step);
     }
 };
 
@@ -196,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
     const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
     const int block = (gridDim.x - 1 - blockIdx.x) * FORWARD_GROUPS * ROWS;  // its first query
     const int end = min(block + FORWARD_GROUPS * ROWS, T);
-    ring.make(FORWARD_GROUPS, 1, queries);
+    ring.make(1, FORWARD_GROUPS * GROUP / WARP, queries);
 
     if (group == FORWARD_GROUPS) {
         keep_registers<KEPT_REGISTERS>();
@@ -273,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
         products_wait<0>();
         products_done(o.x);
         products_done(p);
-        ring.leave(step);
+        ring.leave_together(step);
     }
     total0 = row_sum(total0);
     total1 = row_sum(total1);
@@ -317,7 +319,7 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
     const size_t head = (static_cast<size_t>(blockIdx.z) * NH + blockIdx.y) * T;
     if (threadIdx.x == 0)
         for (int i = 0; i < KV_GROUPS; i++) sums[i].make();
-    ring.make(KV_GROUPS, WARP, keys);
+    ring.make(WARP, KV_GROUPS * GROUP, keys);
 
     if (group == KV_GROUPS) {
         keep_registers<KEPT_REGISTERS>();
@@ -414,7 +416,7 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
             products_done(dk.x);
             products_done(left_ds);
         }
-        ring.leave(step);
+        ring.leave(step);  // each thread: it has read statistics
     }
     const size_t pitch = 3 * static_cast<size_t>(C);
     bf16* const dhead = dqkv + blockIdx.z * T * pitch + column;
@@ -446,7 +448,7 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
     const int end = min(block + Q_GROUPS * ROWS, T);
     if (threadIdx.x == 0)
         for (int i = 0; i < Q_GROUPS; i++) sums[i].make();
-    ring.make(Q_GROUPS, 1, queries);
+    ring.make(1, Q_GROUPS * GROUP / WARP, queries);
 
     if (group == Q_GROUPS) {
         keep_registers<KEPT_REGISTERS>();
@@ -516,7 +518,7 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
         products_wait<0>();
         products_done(dq.x);
         products_done(left_ds);
-        ring.leave(step);
+        ring.leave_together(step);
     }
     const size_t pitch = 3 * static_cast<size_t>(C);
     sums[group].put(0, store_tile(dqkv + blockIdx.z * T * pitch + column, pitch, first, T, my_q, dq, scale, scale));

@@ -64,7 +64,8 @@ __device__ __forceinline__ void copy_row(bf16* held, const bf16* logits, int row
 
 // Each block takes one row after another. It keeps HOLD_ROWS of them in shared memory, so that memory is read once:
 // with two, one comes while the block computes and writes the other. (Blocks of a row each begin together, and then
-// read together and compute together for a long time, while memory has nothing to do.) With none, it reads a row twice.
+// read together and compute together for a while, and memory has nothing to do: so for few rows.) With none, it reads a
+// row twice.
 extern "C" __global__ void __launch_bounds__(THREADS) classifier_forward_backward(
     float* __restrict__ losses,       // (N)
     bf16* __restrict__ logits,        // (N,Vp)

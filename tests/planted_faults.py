@@ -218,7 +218,7 @@ FAULTS = (
             "        products_commit();\n",
         ),
         ("lse in base 2", "top0 * scale / LOG2E + logf(total0)", "top0 * scale + log2f(total0)"),
-        ("a stage is never left", "        ring.leave(step);\n", ""),
+        ("a stage is never left", "        ring.leave_together(step);\n", ""),
     ),
     *_in(
         "attention_hopper.cu attention_hopper_backward_kv",
@@ -241,7 +241,8 @@ FAULTS = (
             "statistics[0][tile_column(n) + i].y",
         ),
         ("statistics that nobody arrives for", "                barrier_arrive(ring.full[stage]);\n", ""),
-        ("a stage full when one lane has arrived", "ring.make(KV_GROUPS, WARP, keys)", "ring.make(KV_GROUPS, 1, keys)"),
+        ("a stage full when one lane has arrived", "ring.make(WARP, KV_GROUPS", "ring.make(1, KV_GROUPS"),
+        ("a stage empty when one warp has left", "KV_GROUPS * GROUP, keys)", "KV_GROUPS * WARP, keys)"),
         ("dv's sums with dk's", "put(1, store_tile", "put(0, store_tile"),
         ("the sums of dk and dv at those of dq", "first, C) + C + column", "first, C) + column"),
     ),

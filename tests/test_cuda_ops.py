@@ -561,14 +561,15 @@ def hopper(twin):
 CLASSIFIER_SIZES = ((1, 1, 1, 8), (1, 7, 50, 128), (1, 2, 9000, 9088), None, (1, 1000, 50257, 50304))
 
 
-@pytest.mark.parametrize("held", [2, 1, 0])
-def test_classifier(twin, sizes, monkeypatch, held):
-    """With two rows in shared memory, and as on a device that has too little of it for two, or for one."""
+@pytest.mark.parametrize(("held", "many"), [(2, False), (1, True), (1, False), (0, False)])
+def test_classifier(twin, sizes, monkeypatch, held, many):
+    """With two rows in shared memory, or one, of many; and as on a device that has room for one, or none."""
     dloss, most = 0.3, cuda.shared_memory_limit()
+    monkeypatch.setattr(CUDA.classifier, "MANY_ROWS", 0 if many else 1 << 20)
     for B, T, V, Vp in sizes(*CLASSIFIER_SIZES):
-        limit = min(most, 2 * Vp * held + CUDA.classifier.STATIC_BYTES)
+        limit = most if many else min(most, 2 * Vp * held + CUDA.classifier.STATIC_BYTES)
         monkeypatch.setattr(cuda, "shared_memory_limit", lambda limit=limit: limit)
-        assert CUDA.classifier.rows_held(Vp) == held or limit == most
+        assert CUDA.classifier.rows_held(Vp, B * T) == held or limit == most
         logits, targets = normal(B, T, Vp) * 4, tokens(V, B, T)
         targets[0, 0] = V - 1
         logits[..., V:] = 100.0  # padding that would win

@@ -75,14 +75,15 @@ def deterministically(function: Callable[[], Any]) -> Callable[[], Any]:
 @contextmanager
 def determinism() -> Iterator[None]:
     """PyTorch's deterministic algorithms, without its filling of new memory, which nothing here reads."""
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings: Any = torch.utils.deterministic  # a module whose class has it as a property
+    fills = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        settings.fill_uninitialized_memory = fills
 
 
 def bits(function: Callable[[], tuple[torch.Tensor, ...]]) -> bytes:
