@@ -234,8 +234,8 @@ def cost_of_fp32_sums(setting: Setting) -> dict[str, dict[str, float]]:
     if setting.backend != "cuda":
         return {}
     dims = setting.config.dims() | {"B": setting.run.B, "T": setting.run.T}
-    found = {}
-    for operation in setting.operations.linear.multiplies(dims, setting.dev.COMPUTE_DTYPE):
+    linear, found = setting.operations.linear, {}
+    for operation in linear.multiplies(dims, setting.dev.COMPUTE_DTYPE, linear.gelu_fusion):
         fp32, any_type = cublaslt.fastest_by_reduction(operation)
         found[operation.name] = {"fp32_us": fp32, "any_us": any_type}
     return found

@@ -201,13 +201,14 @@ class RunConfig:
     gelu_fusion: int = option(
         -1,
         "--gelu-fusion -ge",
-        "GELU inside the GPU's matrix multiply: 0 no, 1 forward, 2 both; -1: what is fastest on this GPU",
+        "GELU inside the GPU's matrix multiply: 0 no, 1 forward, 2 both; -1: what is timed fastest, with --gemm-search "
+        "off 2 from Hopper on, else 0",
         choices=(-1, 0, 1, 2),
     )
     gemm_search: str = option(
         "auto",
         "--gemm-search",
-        "auto: time cublasLt's algorithms for each matrix multiply, once for a GPU; off: take its first",
+        "auto: time cublasLt's algorithms for each matrix multiply, and -ge -1, once for a GPU; off: take its first",
         choices=("auto", "off"),
     )
     cuda_graph: str = option(

@@ -377,7 +377,7 @@ def tune_together(
 ) -> dict[str, Any]:
     """What rank 0 chooses by timing, or takes from the table `before`, and all ranks use: the same bits everywhere."""
     wanted = run.gemm_search == "auto" and comm.rank == 0
-    chosen = operations.tune(dims, grad_dtype, before, say) if wanted else {}
+    chosen = operations.tune(dims, run.gelu_fusion, grad_dtype, before, say) if wanted else {}
     table = json.loads(from_rank_0(comm, json.dumps(chosen).encode()))
     operations.use_tuning(table)
     return table

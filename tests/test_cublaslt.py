@@ -15,12 +15,13 @@ import pytest
 
 from engine import ops
 from engine.config import GPT2Config
-from engine.device import cublaslt
+from engine.device import cublaslt, race
 from engine.device.kernels import BF16
 from engine.models.gpt2 import GPT2
 from engine.ops.numpy import gelu
 from tests.twins import EPS16, F32, matmul, sum_error
 
+CUDA = ops.load("cuda")
 TYPES = {0: F32, 14: BF16}
 RNG = np.random.default_rng(0)
 
@@ -86,6 +87,7 @@ class StandIn:
         self.version = 130100
         self.proposed, self.rounding = [2, 3], []
         self.speeds = Counter()
+        self.delays = Counter()  # more seconds, by epilogue
         self.clock = 0.0
         self.ran = []  # algorithms, in order
         self.refused = set()
@@ -149,7 +151,7 @@ class StandIn:
     def matmul(self, handle, description, alpha, a, la, b, lb, beta, c, lc, d, ld, algo, workspace, nbytes, stream):
         told = self.objects[description]
         self.ran.append(int(at(algo, np.uint64, 1)[0]))
-        self.clock += self.speeds[self.ran[-1]]
+        self.clock += self.speeds[self.ran[-1]] + self.delays[told["EPILOGUE"]]
         assert at(alpha, F32, 1)[0] == 1
         x = self._matrix(a, la).astype(F32)
         y = self._matrix(b, lb).astype(F32)
@@ -189,7 +191,7 @@ def stand_in(monkeypatch, tmp_path):
     monkeypatch.setattr(cublaslt.cuda, "describe", lambda: "a GPU")
     monkeypatch.setattr(cublaslt.cuda, "mark", lambda: found.clock)
     monkeypatch.setattr(cublaslt.cuda, "seconds_between", lambda began, ended: ended - began)
-    monkeypatch.setattr(cublaslt, "FLUSH_BYTES", 64)
+    monkeypatch.setattr(race, "FLUSH_BYTES", 64)
     monkeypatch.setattr(cublaslt, "cache_dir", lambda: tmp_path)
     cupy = SimpleNamespace(
         cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0)),
@@ -308,7 +310,7 @@ def test_what_rounds_partial_sums_is_never_chosen_but_can_be_timed(stand_in):
 def test_all_run_in_turns_until_the_slow_ones_are_dropped(stand_in):
     stand_in.proposed, stand_in.speeds = [2, 3, 4], Counter({2: 1.0, 3: 9.0, 4: 0.9})
     cublaslt.tune([SMALL], {}, nothing)
-    assert stand_in.ran == [2, 3, 4] * cublaslt.FIRST_ROUNDS + [2, 4] * (cublaslt.ROUNDS - cublaslt.FIRST_ROUNDS)
+    assert stand_in.ran == [2, 3, 4] * race.FIRST_ROUNDS + [2, 4] * (race.ROUNDS - race.FIRST_ROUNDS)
 
 
 @pytest.mark.parametrize("trouble", ["falling clock", "hiccup"])
@@ -449,15 +451,14 @@ def test_what_is_timed_leaves_no_trace_in_what_is_computed(stand_in):
 @pytest.mark.parametrize("fusion", [0, 1, 2])
 def test_the_multiplies_that_are_tuned_are_those_of_a_step(stand_in, monkeypatch, fusion, grad_dtype):
     """The model's own step, with all else left out, asks for just these."""
-    cuda_ops = ops.load("cuda")
-    monkeypatch.setattr(cuda_ops.linear, "gelu_fusion", fusion)
-    monkeypatch.setattr(cuda_ops.linear, "column_sums", SimpleNamespace(add=lambda *_: None))
-    monkeypatch.setattr(cuda_ops.linear, "gelu", SimpleNamespace(forward=lambda *_: None, backward=lambda *_: None))
+    monkeypatch.setattr(CUDA.linear, "gelu_fusion", fusion)
+    monkeypatch.setattr(CUDA.linear, "column_sums", SimpleNamespace(add=lambda *_: None))
+    monkeypatch.setattr(CUDA.linear, "gelu", SimpleNamespace(forward=lambda *_: None, backward=lambda *_: None))
     asked = set()
     monkeypatch.setattr(cublaslt._Library, "run", lambda self, operation, *_: asked.add(operation))
     left_out = SimpleNamespace(**dict.fromkeys(("forward", "backward", "forward_backward"), lambda *_: None))
-    operations = SimpleNamespace(**dict.fromkeys(cuda_ops.__all__, left_out))
-    operations.linear = cuda_ops.linear
+    operations = SimpleNamespace(**dict.fromkeys(CUDA.__all__, left_out))
+    operations.linear = CUDA.linear
     config = GPT2Config(maxT=16, V=200, L=2, NH=2, C=128)
     dev = SimpleNamespace(zeros=cublaslt.cuda.zeros)
     model = GPT2(config, operations, dev, B=2, T=16, dtype=BF16, grad_dtype=grad_dtype)
@@ -465,6 +466,127 @@ def test_the_multiplies_that_are_tuned_are_those_of_a_step(stand_in, monkeypatch
     model.forward(tokens)
     model.backward(tokens, tokens, 1.0)
     dims = config.dims() | {"B": 2, "T": 16}
-    listed = cuda_ops.linear.multiplies(dims, grad_dtype)
+    listed = CUDA.linear.multiplies(dims, grad_dtype, fusion)
     assert len(set(listed)) == len(listed) == 15
     assert set(listed) == asked
+
+
+DIMS = {"B": 1, "T": 4, "C": 16, "Vp": 32}
+
+
+@pytest.fixture
+def gelu_apart(stand_in, monkeypatch):
+    """GELU apart takes 3 us in forward, and in backward."""
+
+    def take(*_):
+        stand_in.clock += 3e-6
+
+    monkeypatch.setattr(CUDA.linear, "gelu_fusion", 0)
+    monkeypatch.setattr(CUDA.linear, "gelu", SimpleNamespace(forward=take, backward=take))
+    stand_in.speeds = Counter({2: 9e-6, 3: 1e-6})
+
+
+def fused_takes(stand_in, forward, backward):
+    """GELU in the multiply: so many us."""
+    stand_in.delays = Counter({164: forward * 1e-6, 192: backward * 1e-6})
+
+
+def level_of(table):
+    CUDA.use_tuning(table)
+    return CUDA.linear.gelu_fusion
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "level"),
+    [(2, 2, 2), (2, 4, 1), (1, 4.5, 1), (4, 4, 0), (4, 1, 2), (5, 2, 0), (4, 2, 0), (3, 3, 0), (2.99, 2.99, 0)],
+)
+def test_gelu_is_where_it_is_timed_fastest(stand_in, gelu_apart, forward, backward, level):
+    """With the algorithms that were chosen. Where only backward gains, by what both take; where nothing does, apart."""
+    fused_takes(stand_in, forward, backward)
+    lines = []
+    table = CUDA.tune(DIMS, -1, BF16, {}, lines.append)
+    ways = {"forward": forward, "backward": backward}
+    us = {name: {"apart": 4.0, "fused": pytest.approx(1 + each, abs=0.05)} for name, each in ways.items()}
+    assert table["gelu_fusion"] == {"of": "4x16", "level": level, "us": us}
+    assert json.loads(json.dumps(table)) == table
+    assert len(lines) == 2
+    assert lines[0].startswith("timed 17 kinds of matrix multiply in ")
+    took = [table["gelu_fusion"]["us"][name]["fused"] for name in ("forward", "backward")]
+    assert lines[1] == (
+        f"timed GELU inside the matrix multiply: forward {took[0]} instead of 4.0 us, backward {took[1]} instead of "
+        f"4.0 us: -ge {level}"
+    )
+    assert level_of(table) == level
+    assert {op.name for op in CUDA.linear.multiplies(DIMS, BF16, level)} <= table["algorithms"].keys()
+
+
+def test_where_gelu_is_comes_from_the_run_s_table_or_the_disk(stand_in, gelu_apart, tmp_path):
+    fused_takes(stand_in, 2, 4)
+    table = CUDA.tune(DIMS, -1, BF16, {}, nothing)
+    new_process()
+    fused_takes(stand_in, 2, 2)
+    stand_in.ran.clear()
+    assert CUDA.tune(DIMS, -1, BF16, {}, silent) == table
+    before_there_was_a_choice = {key: value for key, value in table.items() if key != "gelu_fusion"}
+    assert CUDA.tune(DIMS, -1, BF16, before_there_was_a_choice, silent) == table
+    for level in (0, 1, 2):
+        saved = table | {"gelu_fusion": table["gelu_fusion"] | {"level": level}}
+        assert CUDA.tune(DIMS, -1, BF16, json.loads(json.dumps(saved)), silent) == saved
+        assert level_of(saved) == level
+    (file,) = tmp_path.glob("*.table")
+    file.unlink()
+    assert CUDA.tune(DIMS, -1, BF16, table, silent) == table
+    assert not stand_in.ran
+    lines = []
+    assert level_of(CUDA.tune(DIMS, -1, BF16, before_there_was_a_choice, lines.append)) == 2
+    assert [line.split(":")[0] for line in lines] == ["timed GELU inside the matrix multiply"]
+    new_process()
+    assert level_of(CUDA.tune(DIMS, -1, BF16, before_there_was_a_choice, silent)) == 2  # what was timed is kept
+
+
+@pytest.mark.parametrize("other", ["gpu", "cublaslt", "sizes"])
+def test_where_gelu_is_is_timed_anew_where_the_table_is_of_something_else(stand_in, gelu_apart, monkeypatch, other):
+    fused_takes(stand_in, 2, 4)
+    old = CUDA.tune(DIMS, -1, BF16, {}, nothing)
+    new_process()
+    fused_takes(stand_in, 2, 2)
+    if other == "gpu":
+        monkeypatch.setattr(cublaslt.cuda, "describe", lambda: "another GPU")
+    elif other == "cublaslt":
+        stand_in.version = 130200
+    lines = []
+    new = CUDA.tune(DIMS | {"T": 8} if other == "sizes" else DIMS, -1, BF16, old, lines.append)
+    assert level_of(new) == 2
+    assert "-ge 2" in lines[-1]
+    assert ("chosen anew, and results may differ" in lines[0]) == (other != "sizes")
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_what_is_asked_for_is_not_timed_and_wins_over_a_table(stand_in, gelu_apart, monkeypatch, level):
+    fused_takes(stand_in, 2, 4)
+    saved = CUDA.tune(DIMS, -1, BF16, {}, nothing)
+    assert saved["gelu_fusion"]["level"] == 1
+    monkeypatch.setattr(CUDA.linear, "gelu_fusion", level)  # as `prepare` does
+    stand_in.ran.clear()
+    table = CUDA.tune(DIMS, level, BF16, saved, silent)
+    assert not stand_in.ran
+    assert "gelu_fusion" not in table
+    assert table["algorithms"].keys() == {op.name for op in CUDA.linear.multiplies(DIMS, BF16, level)}
+    assert level_of(table) == level
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "level"), [(80, -1, 0), (90, -1, 2), (120, -1, 2), (80, 1, 1), (90, 0, 0)]
+)
+def test_where_nothing_is_timed_the_gpu_s_kind_says_where_gelu_is(stand_in, monkeypatch, capability, asked, level):
+    monkeypatch.setattr(CUDA.linear, "gelu_fusion", None)
+    monkeypatch.setattr(CUDA.attention, "for_hopper", False)
+    monkeypatch.setattr(CUDA.cuda, "compute_capability", lambda: capability)
+    monkeypatch.setattr(CUDA.cuda, "multiprocessors", lambda: 108)
+    monkeypatch.setattr(CUDA.cuda, "shared_memory_limit", lambda: 163 << 10)
+    monkeypatch.setattr(CUDA.kernels, "KERNELS", SimpleNamespace(load=lambda *_: None))
+    monkeypatch.setattr(CUDA.scratch, "reserve", lambda nbytes: None)
+    config = GPT2Config(maxT=16, V=200, L=2, NH=2, C=128)
+    CUDA.prepare(config.dims() | {"B": 2, "T": 16}, asked, BF16)
+    CUDA.use_tuning({})  # as --gemm-search off does
+    assert CUDA.linear.gelu_fusion == level

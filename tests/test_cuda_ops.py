@@ -12,7 +12,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from engine import ops
-from engine.device import cublaslt, cuda
+from engine.device import cublaslt, cuda, race
 from engine.ops.cuda import scratch
 from engine.ops.numpy import rounding
 from tests.twins import BF16, EPS16, EPS32, F32, assert_within, on, rounded, stored, sum_error
@@ -328,11 +328,10 @@ TUNED_SIZES = ({"B": 1, "T": 72, "C": 64, "Vp": 384}, {"B": 2, "T": 1024, "C": 7
 @pytest.mark.parametrize("dtype", GRAD_DTYPES)
 @pytest.mark.parametrize("fusion", [0, 2])
 @pytest.mark.parametrize("dims", TUNED_SIZES, ids=lambda dims: f"C={dims['C']}")
-def test_each_algorithm_that_may_be_chosen_computes_the_multiply(tuned_anew, monkeypatch, dims, fusion, dtype):
+def test_each_algorithm_that_may_be_chosen_computes_the_multiply(tuned_anew, dims, fusion, dtype):
     library = cublaslt._library()
     with on("gpu") as twin:
-        monkeypatch.setattr(CUDA.linear, "gelu_fusion", fusion)
-        for op in CUDA.linear.multiplies(dims, dtype):
+        for op in CUDA.linear.multiplies(dims, dtype, fusion):
             K, has_gelu = op.K, op.epilogue == "GELU_AUX_BIAS"
             a, b = normal(op.M, K), normal(K, op.N, scale=K**-0.5)
             add, bias, aux = normal(op.M, op.N), normal(op.N), normal(op.M, op.N)
@@ -379,32 +378,57 @@ def test_each_algorithm_that_may_be_chosen_computes_the_multiply(tuned_anew, mon
 
 
 @pytest.mark.gpu
-def test_a_table_gives_the_same_bits_and_the_cache_spares_the_search(tuned_anew, monkeypatch):
+@pytest.mark.parametrize("fusion", [-1, 0])
+def test_a_table_gives_the_same_bits_and_the_cache_spares_the_search(tuned_anew, monkeypatch, fusion):
     dims, lines = TUNED_SIZES[1], []
     N, C = dims["B"] * dims["T"], dims["C"]
 
     def products(twin):
-        out, dinp, dweight = twin.nan(N, 4 * C), twin.nan(N, C), twin.put(np.ones((4 * C, C)))
+        out, pre, dpre, dweight = (
+            twin.nan(N, 4 * C),
+            twin.nan(N, 4 * C),
+            twin.nan(N, 4 * C),
+            twin.put(np.ones((C, 4 * C))),
+        )
         inp, weight, bias = (
             twin.put(np.cos(np.arange(math.prod(s))).reshape(s)) for s in ((N, C), (4 * C, C), (4 * C,))
         )
-        CUDA.linear.forward(out, inp, weight, bias)
-        CUDA.linear.backward(dinp, dweight, out, inp, weight)
-        return [twin.get(array) for array in (out, dinp, dweight)]
+        CUDA.linear.forward(out, inp, weight, bias, pre_gelu=pre)
+        CUDA.linear.backward(dpre, dweight, inp, out, weight.reshape(C, 4 * C), pre_gelu=pre)
+        return [twin.get(array) for array in (out, pre, dpre, dweight)]
 
     with on("gpu") as twin:
-        table = CUDA.tune(dims, BF16, {}, lines.append)
-        assert len(table["algorithms"]) == 15
-        assert len(lines) == 1
+        table = CUDA.tune(dims, fusion, BF16, {}, lines.append)
+        assert len(table["algorithms"]) == (17 if fusion == -1 else 15)
+        assert [line.startswith("timed ") for line in lines] == [True] * (2 if fusion == -1 else 1)
         CUDA.use_tuning(table)
+        chosen = CUDA.linear.gelu_fusion
         first = products(twin)
         cublaslt._library.cache_clear()
         monkeypatch.setattr(cublaslt._Library, "fastest", lambda self, op: pytest.fail(f"timed {op.name} again"))
         for saved in ({}, table):
-            assert CUDA.tune(dims, BF16, saved, pytest.fail) == table
+            CUDA.linear.gelu_fusion = 0 if fusion == 0 else (chosen + 1) % 3
+            assert CUDA.tune(dims, fusion, BF16, saved, pytest.fail) == table
             CUDA.use_tuning(table)
+            assert CUDA.linear.gelu_fusion == chosen
             for array, again in zip(first, products(twin), strict=True):
                 np.testing.assert_array_equal(array, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims", TUNED_SIZES, ids=lambda dims: f"C={dims['C']}")
+def test_where_gelu_is_follows_from_what_was_timed(tuned_anew, dims):
+    with on("gpu"):
+        found = CUDA.tune(dims, -1, BF16, {}, print)["gelu_fusion"]
+    forward, backward = found["us"]["forward"], found["us"]["backward"]
+    assert all(us > 0 for us in (*forward.values(), *backward.values()))
+    by_level = [
+        forward["apart"] + backward["apart"],
+        forward["fused"] + backward["apart"],
+        forward["fused"] + backward["fused"],
+    ]
+    # Up to what counts as equal, of either multiply, and the last digit that is told.
+    assert by_level[found["level"]] <= min(by_level) + (race.TIE - 1) * max(by_level) + 0.2
 
 
 class Attention:

@@ -71,20 +71,25 @@ def test_algorithms_are_timed_once_and_a_run_keeps_to_its_own(shards, tmp_path, 
     """With the cache, with the checkpoint's table where the cache is lost, and without a search."""
     monkeypatch.setenv("BACKHAND_CACHE", str(tmp_path / "cache"))
     first = train(*GPU, *shards, "-x", 6, "-n", 6, "-o", tmp_path / "parts")
-    assert "timed 15 kinds of matrix multiply in" in first.out
+    assert "timed 17 kinds of matrix multiply in" in first.out
+    assert "timed GELU inside the matrix multiply: forward" in first.out
     whole = train(*GPU, *shards, "-x", 12, "-n", 6, "-o", tmp_path / "whole")
-    assert "kinds of matrix multiply" not in whole.out
+    assert "timed" not in whole.out
     for file in (tmp_path / "cache").rglob("*.table"):
         file.unlink()
     second = train(*GPU, *shards, "-x", 12, "-n", 6, "-o", tmp_path / "parts", "-y", 1)
-    assert "kinds of matrix multiply" not in second.out
+    assert "timed" not in second.out
     assert_same_checkpoint(checkpoint(tmp_path / "parts", 12), checkpoint(tmp_path / "whole", 12))
     tables = [json.loads((tmp_path / name / "config.json").read_text())["tuning"] for name in ("whole", "parts")]
     assert tables[0] == tables[1]
-    assert len(tables[0]["algorithms"]) == 15
+    assert len(tables[0]["algorithms"]) == 17
+    assert tables[0]["gelu_fusion"]["level"] in (0, 1, 2)
 
+    asked = train(*GPU, *shards, "-x", 14, "-ge", 1, "-o", tmp_path / "parts", "-y", 1)
+    assert "timed GELU" not in asked.out
+    assert "gelu_fusion" not in json.loads((tmp_path / "parts" / "config.json").read_text())["tuning"]
     plain = train(*GPU, *shards, "-x", 6, "--gemm-search", "off", "-o", tmp_path / "plain")
-    assert "kinds of matrix multiply" not in plain.out
+    assert "timed" not in plain.out
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["tuning"] == {}
 
 

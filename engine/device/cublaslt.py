@@ -5,7 +5,8 @@ out = a b is asked for as out^T = b^T a^T: the operands change places, and no da
 
 Many algorithms can do a multiply, each with sums in its own order. `tune` times those that cublasLt proposes and gives
 a table of the fastest; `use` makes it what is followed from then on. What is in no table takes cublasLt's first
-proposal. A table, a GPU and a version of cublasLt fix every bit of the results.
+proposal. A table, a GPU and a version of cublasLt fix every bit of the results. What else is chosen by the time that
+multiplies take, the table holds too.
 """
 
 import hashlib
@@ -13,13 +14,13 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.device import cuda
+from engine.device import cuda, race
 from engine.device.kernels import BF16, cache_dir, locked, write_whole
 
 Array = Any
@@ -32,13 +33,6 @@ CUDA_TYPES = {np.dtype(np.float32): 0, BF16: 14}
 WITH_BIAS, WITH_AUX = ("BIAS", "GELU_AUX_BIAS"), ("DGELU", "GELU_AUX_BIAS")  # epilogues
 CANDIDATES = 32
 ALIGNMENT = 256  # bytes: what cublasLt chooses algorithms for unless it is told
-
-ROUNDS = 10  # in each, every candidate still in the race runs once
-FIRST_ROUNDS = 3  # the first loads code and is not timed; by the others the slow ones are dropped
-SLOW = 1.25  # times the fastest
-TIE = 1.01  # times the fastest is as fast: then cublasLt's order decides, and the same algorithm wins more often
-FLUSH_BYTES = 256 << 20
-NOISE = 1 << 18  # numbers, before they repeat
 
 
 class Operation(NamedTuple):
@@ -104,9 +98,20 @@ def matmul(
     _library().run(operation, out, a, b, add, bias, dgelu if pre_gelu is None else pre_gelu)
 
 
-def tune(operations: Sequence[Operation], saved: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+class Choice(NamedTuple):
+    """Something else that is chosen by timing multiplies."""
+
+    key: str  # of the table
+    of: str  # for what sizes
+    choose: Callable[[], dict[str, Any]]  # times, and gives what a table says of it
+
+
+def tune(
+    operations: Sequence[Operation], saved: Mapping[str, Any], say: Callable[[str], None], choice: Choice | None = None
+) -> dict[str, Any]:
     """The table of the fastest algorithms for these, as JSON can hold it: `saved`'s where that table is of this GPU and
-    cublasLt, else those in the cache on disk, else timed now, on memory that is given back.
+    cublasLt, else those in the cache on disk, else timed now, on memory that is given back. The choice is kept in the
+    same places; where it is made now, the table is in use from then on.
 
     Says what it timed. Only one process at a time may time on a GPU: those that share the cache wait for each other.
     """
@@ -135,10 +140,21 @@ def tune(operations: Sequence[Operation], saved: Mapping[str, Any], say: Callabl
         if timed:
             library.free_memory()
             say(f"timed {len(timed)} kinds of matrix multiply in {time.monotonic() - began:.1f} s")
+        table = here | {"algorithms": {operation.name: known[operation.name] for operation in operations}}
+        if choice:
+            name, record = f"{choice.key} {choice.of}", saved.get(choice.key, {})
+            if record.get("of") != choice.of:
+                record = cached.get(name)
+            if record is None:
+                use(table)
+                record = timed[name] = {"of": choice.of} | choice.choose()
+                library.free_memory()
+            table[choice.key] = record
+        if timed:
             with suppress(OSError):  # without a cache the next run times them again
                 text = json.dumps(cached | timed, indent=1).encode()
                 write_whole(file, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
-    return here | {"algorithms": {operation.name: known[operation.name] for operation in operations}}
+    return table
 
 
 def use(table: Mapping[str, Any]) -> None:
@@ -154,7 +170,7 @@ def fastest_by_reduction(operation: Operation) -> tuple[float, float]:
 
 
 def _read_table(file: Path) -> dict[str, Any]:
-    """The algorithms in a file of the cache; none if it is missing or damaged, which its hash tells."""
+    """What is in a file of the cache, by name; nothing if it is missing or damaged, which its hash tells."""
     try:
         digest, _, text = file.read_bytes().partition(b"\n")
     except OSError:
@@ -264,50 +280,16 @@ class _Library:
         return min(medians[: len(taken)]) * 1e6, min(medians) * 1e6
 
     def _race(self, op: Operation, plans: list[Plan]) -> tuple[int, list[float]]:
-        """Which of them is the fastest, and the median of each one's seconds. They run in turns, so that a clock that
-        drifts is the same for all.
-        """
-        size = op.M * op.N
+        """Of these plans, as `race.fastest`; the first, which cublasLt estimates to be the fastest, wins ties."""
         operands = (
-            self._noise(size, op.dtype),
-            self._noise(op.M * op.K, BF16),
-            self._noise(op.K * op.N, BF16),
-            self._noise(size, op.dtype) if op.add else None,
-            self._noise(op.N, BF16) if op.epilogue in WITH_BIAS else None,
-            self._noise(size, BF16) if op.epilogue in WITH_AUX else None,
+            race.noise((op.M, op.N), op.dtype),
+            race.noise((op.M * op.K,), BF16),
+            race.noise((op.K * op.N,), BF16),
+            race.noise((op.M, op.N), op.dtype) if op.add else None,
+            race.noise((op.N,), BF16) if op.epilogue in WITH_BIAS else None,
+            race.noise((op.M, op.N), BF16) if op.epilogue in WITH_AUX else None,
         )
-        flush = cuda.zeros((FLUSH_BYTES,), np.uint8)
-
-        def timed(plan: Plan) -> tuple[Any, Any]:
-            # Takes the operands out of the GPU's cache, and long enough for the host to get ahead of the GPU.
-            flush.fill(0)
-            began = cuda.mark()
-            self._launch(plan, *operands)
-            return began, cuda.mark()
-
-        racing = list(range(len(plans)))
-        seconds: dict[int, list[float]] = {n: [] for n in racing}
-        for turn in range(ROUNDS):
-            marks = {n: timed(plans[n]) for n in racing}
-            for n, (began, ended) in marks.items():
-                seconds[n] += [cuda.seconds_between(began, ended)] if turn else []
-            if turn == FIRST_ROUNDS - 1:
-                limit = SLOW * min(min(seconds[n]) for n in racing)
-                racing = [n for n in racing if min(seconds[n]) <= limit]
-        medians = [float(np.median(seconds[n])) for n in range(len(plans))]
-        limit = TIE * min(medians[n] for n in racing)
-        return next(n for n in racing if medians[n] <= limit), medians
-
-    def _noise(self, size: int, dtype: np.dtype) -> Array:
-        """The bytes of normal numbers, which repeat: zeros are multiplied faster, for they cost less power."""
-        numbers = np.random.default_rng(0).standard_normal(min(size, NOISE), np.float32).astype(dtype)
-        array, filled = cuda.zeros((size * dtype.itemsize,), np.uint8), numbers.nbytes
-        array[:filled] = cuda.to_device(numbers.view(np.uint8))
-        while filled < array.size:
-            more = min(filled, array.size - filled)
-            array[filled : filled + more] = array[:more]
-            filled += more
-        return array
+        return race.fastest([partial(self._launch, plan, *operands) for plan in plans])
 
     def free_memory(self) -> None:
         """What a race took goes back to the GPU, where arrays of any size can have it."""

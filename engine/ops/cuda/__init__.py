@@ -71,7 +71,8 @@ def _most_scratch(dims: Mapping[str, int]) -> int:
 
 def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
     """Compiles and loads every kernel of a run, so that no mistake in one, nor an edit, shows in the middle of it; and
-    takes the scratch memory. GELU is fused from Hopper on: before, cublasLt does it in a pass of its own, slowly.
+    takes the scratch memory. Where nothing is timed GELU is fused from Hopper on: before, cublasLt does it in a pass of
+    its own, slowly.
     """
     grads, HS = kernels.grad_variant(grad_dtype), dims["C"] // dims["NH"]
     attention.for_hopper = cuda.compute_capability() == 90
@@ -99,13 +100,27 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
 
 
 def tune(
-    dims: Mapping[str, int], grad_dtype: Any, saved: Mapping[str, Any], say: Callable[[str], None]
+    dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any, saved: Mapping[str, Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Algorithms for the matrix multiplies of a step's micro-batches. Those of samples, of which there are few, and of
-    a validation's last batch take cublasLt's first proposal. Before the arrays of a run are made: there is room.
+    """Algorithms for the matrix multiplies of a step's micro-batches, and with gelu_fusion -1 which of them GELU is
+    inside of. Those of samples, of which there are few, and of a validation's last batch take cublasLt's first
+    proposal. Before the arrays of a run are made: there is room.
     """
-    return cublaslt.tune(linear.multiplies(dims, grad_dtype), saved, say)
+    if gelu_fusion != -1:
+        return cublaslt.tune(linear.multiplies(dims, grad_dtype, gelu_fusion), saved, say)
+    apart, fused = (linear.multiplies(dims, grad_dtype, level) for level in (0, 2))
+
+    def choose() -> dict[str, Any]:
+        record = linear.time_fusion(dims)
+        told = (f"{name} {us['fused']} instead of {us['apart']} us" for name, us in record["us"].items())
+        say(f"timed GELU inside the matrix multiply: {', '.join(told)}: -ge {record['level']}")
+        return record
+
+    sizes = f"{dims['B'] * dims['T']}x{dims['C']}"
+    return cublaslt.tune(list(dict.fromkeys(apart + fused)), saved, say, cublaslt.Choice("gelu_fusion", sizes, choose))
 
 
 def use_tuning(table: Mapping[str, Any]) -> None:
     cublaslt.use(table)
+    if "gelu_fusion" in table:
+        linear.gelu_fusion = table["gelu_fusion"]["level"]

@@ -1,11 +1,12 @@
 """Linear layers: see engine/ops/numpy/linear.py. N = B * T rows; the matrix multiplies are cublasLt's."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from engine.device import cublaslt, kernels
+from engine.device import cublaslt, cuda, kernels, race
 from engine.ops.cuda import column_sums, gelu
 
 Array = Any
@@ -29,11 +30,9 @@ def forward(
     skip, pre = None if residual is None else _rows(residual), None if pre_gelu is None else _rows(pre_gelu)
     if pre is None:
         cublaslt.matmul(out, inp, weight, transpose_b=True, add=skip, bias=bias)
-    elif gelu_fusion >= 1 and bias is not None:
-        cublaslt.matmul(out, inp, weight, transpose_b=True, add=skip, bias=bias, pre_gelu=pre)
     else:
-        cublaslt.matmul(pre, inp, weight, transpose_b=True, add=skip, bias=bias)
-        gelu.forward(out, pre)
+        assert skip is None
+        _gelu_of_product(out, pre, inp, weight, bias, fused=gelu_fusion >= 1 and bias is not None)
 
 
 def backward(
@@ -47,17 +46,58 @@ def backward(
     dbias_below: Array | None = None,
 ) -> None:
     dout, dx, x = _rows(dout), _rows(dinp), _rows(inp)
-    fused = pre_gelu is not None and gelu_fusion >= 2
-    cublaslt.matmul(dx, dout, weight, dgelu=_rows(pre_gelu) if fused else None)
-    if pre_gelu is not None and not fused:
-        gelu.backward(dx, pre_gelu)
+    if pre_gelu is None:
+        cublaslt.matmul(dx, dout, weight)
+    else:
+        _gradient_through_gelu(dx, dout, weight, _rows(pre_gelu), fused=gelu_fusion >= 2)
     if dbias_below is not None:
         column_sums.add(dbias_below, dinp)
     cublaslt.matmul(dweight, dout, x, transpose_a=True, add=dweight)
 
 
-def multiplies(dims: Mapping[str, int], grad_dtype: Any) -> list[cublaslt.Operation]:
-    """Those of a training step, as forward and backward ask for them, of a block's four layers and the classifier."""
+def _gelu_of_product(out: Array, pre: Array, inp: Array, weight: Array, bias: Array | None, *, fused: bool) -> None:
+    """pre (N,OC) = inp (N,C) weight (OC,C)^T + bias, out = gelu(pre)."""
+    if fused:
+        cublaslt.matmul(out, inp, weight, transpose_b=True, bias=bias, pre_gelu=pre)
+    else:
+        cublaslt.matmul(pre, inp, weight, transpose_b=True, bias=bias)
+        gelu.forward(out, pre)
+
+
+def _gradient_through_gelu(dx: Array, dout: Array, weight: Array, pre: Array, *, fused: bool) -> None:
+    """dx (N,C) = dout (N,OC) weight (OC,C) times gelu'(pre)."""
+    cublaslt.matmul(dx, dout, weight, dgelu=pre if fused else None)
+    if not fused:
+        gelu.backward(dx, pre)
+
+
+def time_fusion(dims: Mapping[str, int]) -> dict[str, Any]:
+    """The fastest gelu_fusion at these sizes, with the algorithms in use, as "level"; and for people the microseconds
+    of a block's multiplies with GELU apart and fused. Of equally fast ways the one apart is taken: it rounds as -ge 0.
+
+    No level fuses backward alone: where only that gains, both are fused if together they gain, else none.
+    """
+    N, C = dims["B"] * dims["T"], dims["C"]
+    # Of the sizes that a run's numbers have: GELU takes longer for some than for others.
+    x, bias = race.noise((N, C), kernels.BF16), race.noise((4 * C,), kernels.BF16)
+    weight = race.noise((4 * C, C), kernels.BF16, C**-0.5)
+    out, pre = (cuda.zeros((N, 4 * C), kernels.BF16) for _ in range(2))
+    wins, us = {}, {}
+    for name, run in (
+        ("forward", partial(_gelu_of_product, out, pre, x, weight, bias)),
+        ("backward", partial(_gradient_through_gelu, out, x, weight.reshape(C, 4 * C), pre)),
+    ):
+        wins[name], seconds = race.fastest([partial(run, fused=fused) for fused in (False, True)])
+        us[name] = {way: round(each * 1e6, 1) for way, each in zip(("apart", "fused"), seconds, strict=True)}
+    apart, fused = (sum(each[way] for each in us.values()) for way in ("apart", "fused"))
+    both = wins["backward"] and fused < apart
+    return {"level": 2 if both else wins["forward"], "us": us}
+
+
+def multiplies(dims: Mapping[str, int], grad_dtype: Any, gelu_fusion: int) -> list[cublaslt.Operation]:
+    """Those of a training step, as forward and backward ask for them with this gelu_fusion, of a block's four layers
+    and the classifier.
+    """
     N, C = dims["B"] * dims["T"], dims["C"]
     gelu_bias, dgelu = "GELU_AUX_BIAS" if gelu_fusion >= 1 else "BIAS", "DGELU" if gelu_fusion >= 2 else "DEFAULT"
     found = []
