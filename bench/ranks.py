@@ -332,48 +332,47 @@ def losses_of(run: RunConfig, comm: Any, config: GPT2Config, dev: ModuleType, op
     return losses
 
 
-def text(figures: dict[str, Any]) -> str:
-    """The figures for people."""
-    lines = [f"{figures['command']}   {figures['date']}", figures["machine"], figures["versions"]]
+def lines(figures: dict[str, Any]) -> Iterator[str]:
+    """The figures for people: what is measured later comes later."""
+    yield f"{figures['command']}   {figures['date']}"
+    yield from (figures["machine"], figures["versions"])
     if figures["environment"]:
-        lines.append(" ".join(f"{name}={value}" for name, value in figures["environment"].items()))
+        yield " ".join(f"{name}={value}" for name, value in figures["environment"].items())
     if nccl := figures["nccl"]:
         sizes = ", ".join(f"{name} {nbytes / 2**20:,.1f}" for name, nbytes in nccl.items())
         allowed = f"{figures['nccl_allowed'] / 2**20:,.0f}"
-        lines.append(f"NCCL's memory on a GPU, the most of all ranks, MiB: {sizes}; a run leaves {allowed} free for it")
-    lines += [
-        "",
-        *(
+        yield f"NCCL's memory on a GPU, the most of all ranks, MiB: {sizes}; a run leaves {allowed} free for it"
+    yield f"ideal: {figures['world']} times one rank; exposed: the step less the same step without exchanges"
+    for name, found in figures["one rank"].items():
+        yield ""
+        yield (
             f"one rank, {name}: {found['seconds'] * 1000:.2f} ms a step, {found['tokens_per_second']:,.0f} tokens/s "
             f"(all at once, each on its own: {', '.join(f'{1000 * each:.2f}' for each in found['seconds_of_each'])})"
-            for name, found in figures["one rank"].items()
-        ),
-        f"ideal: {figures['world']} times that; exposed: the step less the same step without exchanges",
-        "",
-        f"{'':34}{'ms':>9}{'tokens/s':>13}{'of ideal':>10}{'exposed ms':>12}{'loss':>11}",
-    ]
-    for name, found in figures["variants"].items():
-        exposed = (found["seconds"] - found["seconds_silent"]) * 1000
-        lines.append(
-            f"{name:34}{found['seconds'] * 1000:9.2f}{found['tokens_per_second']:13,.0f}"
-            f"{found['of_ideal']:10.2%}{exposed:12.2f}{found['loss']:11.5f}"
         )
     for name, found in figures["variants"].items():
-        lines += ["", f"{name}: on rank 0, by the bytes of the buffer"]
+        yield ""
+        exposed = (found["seconds"] - found["seconds_silent"]) * 1000
+        yield (
+            f"{name}: {found['seconds'] * 1000:.2f} ms a step, {found['tokens_per_second']:,.0f} tokens/s, "
+            f"{found['of_ideal']:.2%} of ideal, exposed {exposed:.2f} ms, loss {found['loss']:.5f}"
+        )
         for row in found["phases"]:
             rate = row["bytes"] / row["us_alone"] / 1000
-            lines.append(
+            yield (
                 f"  {row['name']:16}{row['bytes']:>13,} bytes {row['times']:6.1f} times a step"
                 f"{row['us']:12.1f} us each,{row['us_alone']:9.1f} us alone ({rate:.1f} GB/s)"
             )
         classes = ", ".join(f"{kind} {nbytes / 2**20:,.1f}" for kind, nbytes in found["memory"].items() if nbytes)
         arrays = " and ".join(f"{kind} {nbytes / 2**20:,.1f}" for kind, nbytes in found["held"].items())
         measured = f"; taken {found['taken'] / 2**20:,.1f}" if found["taken"] is not None else ""
-        lines.append(f"  memory of a rank, MiB, by the tables: {classes}")
-        lines.append(f"  and of its arrays: {arrays}{measured}")
+        yield f"  memory of a rank, MiB, by the tables: {classes}"
+        yield f"  and of its arrays: {arrays}{measured}"
     if curves := figures["losses"]:
-        lines += ["", *losses_in_words(curves)]
-    return "\n".join([*lines, "", f"{figures['took']:.0f} s in all"])
+        yield ""
+        yield from losses_in_words(curves)
+    if "took" in figures:
+        yield ""
+        yield f"{figures['took']:.0f} s in all"
 
 
 def losses_in_words(curves: dict[str, list[float]]) -> Iterator[str]:
@@ -439,16 +438,20 @@ def main(model: str, B: int, T: int, V: int, wanted: str, only: str, **options: 
         chosen = {name.strip() for name in only.split(",") if name.strip()} or {*runs, LOSSES}
         if unknown := chosen - {*runs, LOSSES}:
             raise UsageError(f"--only {', '.join(sorted(unknown))}: there are {', '.join(runs)}, {LOSSES}")
-        figures = compare(
+        shown = 0
+        for figures in compare(
             run,
             {name: each for name, each in runs.items() if name in chosen},
             comm,
             model_from_descriptor(model, V, T),
             backend,
             *(options["warm_up"], options["steps"], options["loss_steps"] if LOSSES in chosen else 0),
-        )
-        if comm.rank == 0:
-            print(text(figures))
+        ):
+            if comm.rank:
+                continue
+            text = [*lines(figures)]
+            print(*text[shown:], sep="\n", flush=True)
+            shown = len(text)
             if options["json_path"]:
                 options["json_path"].write_text(json.dumps(figures, indent=1) + "\n")
             if options["png_path"] and figures["losses"]:
@@ -464,8 +467,8 @@ def compare(
     warm_up: int,
     steps: int,
     loss_steps: int,
-) -> dict[str, Any]:
-    """All that is measured."""
+) -> Iterator[dict[str, Any]]:
+    """All that is measured, as far as it is: again and again, the more the later."""
     began = time.monotonic()
     dev, operations = device.load(backend), ops.load(backend)
     if problem := operations.unsupported(run.B, config.C, config.HS):
@@ -485,30 +488,38 @@ def compare(
         each.total_batch: replace(each, zero_stage=0, reduce="owner", lanes=0, cuda_graph="off")
         for each in runs.values()
     }
-    one = {batch: measure(each, OneRank(), *measuring) for batch, each in alone.items()}
-    for batch, figures in one.items():
-        seconds = comm.gather(np.array([figures["seconds"]]))[:, 0]
-        figures["seconds_of_each"] = seconds.tolist()
-        figures["seconds"] = comm.world / (1 / seconds).sum()
-        figures["tokens_per_second"] = alone[batch].samples_per_step(1) * run.T / figures["seconds"]
-    found = {name: measure(each, ranks, *measuring, name == BESIDE_ATTENTION) for name, each in runs.items()}
-    for name, each in runs.items():
-        ideal = comm.world * one[each.total_batch]["tokens_per_second"]
-        found[name]["of_ideal"] = found[name]["tokens_per_second"] / ideal
-    return {
-        "one rank": {name_of(alone[batch]): each for batch, each in one.items()},
-        "variants": found,
-        "losses": loss_curves(run, ranks, config, dev, operations, loss_steps) if loss_steps else {},
+    figures: dict[str, Any] = {
         "world": comm.world,
         "nccl": nccl,
-        "nccl_allowed": dev.OVERHEAD_OF_RANKS,
+        "nccl_allowed": cuda.nccl_bytes(comm.world),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")},
         "command": shlex.join(["mpirun", "-np", str(comm.world), "python", *sys.argv]),
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
         "machine": f"{comm.world} ranks, each on {dev.describe()}; {machine(backend)}",
         "versions": versions(),
-        "took": time.monotonic() - began,
+        "one rank": {},
+        "variants": {},
+        "losses": {},
     }
+    yield figures
+    ideal = {}
+    for batch, each in alone.items():
+        found = measure(each, OneRank(), *measuring)
+        seconds = comm.gather(np.array([found["seconds"]]))[:, 0]
+        found["seconds_of_each"] = seconds.tolist()
+        found["seconds"] = comm.world / (1 / seconds).sum()
+        found["tokens_per_second"] = each.samples_per_step(1) * run.T / found["seconds"]
+        figures["one rank"][name_of(each)] = found
+        ideal[batch] = comm.world * found["tokens_per_second"]
+        yield figures
+    for name, each in runs.items():
+        found = measure(each, ranks, *measuring, name == BESIDE_ATTENTION)
+        found["of_ideal"] = found["tokens_per_second"] / ideal[each.total_batch]
+        figures["variants"][name] = found
+        yield figures
+    if loss_steps:
+        figures["losses"] = loss_curves(run, ranks, config, dev, operations, loss_steps)
+    yield figures | {"took": time.monotonic() - began}
 
 
 def free_before_nccl(comm: Communicator) -> int:

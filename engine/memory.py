@@ -30,8 +30,7 @@ def memory_by_class(
         shares = run.lanes or world
         tables["gradients"] += run.lanes_per_rank(world) * largest_bucket(_gradient_tensors(run, config, dev), shares)
     scratch = operations.scratch_bytes(config.dims() | {"B": run.B, "T": run.T})
-    overhead = dev.OVERHEAD_BYTES + (dev.OVERHEAD_OF_RANKS if world > 1 else 0)
-    return tables | {"scratch": scratch, "overhead": overhead}
+    return tables | {"scratch": scratch, "overhead": dev.overhead_bytes(world)}
 
 
 def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType, world: int) -> dict[str, int]:

@@ -73,6 +73,8 @@ class Zero:
         self._gathering: dict[int, Any] = {}  # bucket -> the mark behind the gathering of its parameters
         self._share_bounds = device.to_device(np.array([(share.start, share.stop) for share in self._shares], np.int64))
         self._partial_norms = device.zeros((len(self._shares),), "float64")
+        each = len(self._shares) // len(self.owned)
+        self._everyones_norms = device.zeros((len(self.owned), comm.world, each), "float64")
 
     @property
     def num_owned(self) -> int:
@@ -149,10 +151,15 @@ class Zero:
         return own.reshape(1, -1)
 
     def norm_squared(self, out: Array) -> None:
-        """out () = the sum of the squares of the whole gradient: of each share, then their exact sum."""
+        """out () = the sum of the squares of the whole gradient: of each share, then of all shares as they lie in the
+        flat buffer, which is an order that does not depend on who has them.
+        """
         summed = self._shard if self.shards_gradients else self._lanes[0].flat
         self._ops.norm.squared(self._partial_norms, summed, self._share_bounds)
-        self._ops.scalars.total(out, self._comm.gather(self._partial_norms).reshape(-1))
+        buckets, world, each = self._everyones_norms.shape
+        by_rank = self._comm.gather(self._partial_norms).reshape(world, buckets, each)
+        self._everyones_norms[...] = by_rank.swapaxes(0, 1)
+        self._ops.scalars.total(out, self._everyones_norms.reshape(-1))
 
     def gather_parameters(self, bucket: int) -> None:
         """Every rank has all parameters of a bucket again, after each has updated its own.

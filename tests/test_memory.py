@@ -74,8 +74,7 @@ def test_the_memory_report_is_what_a_run_takes(backend, L, world, options):
         patch.setattr(kernels.KERNELS, "load", lambda *_: None)
         reported = memory_by_class(run, config, dev, operations, world)
         build(run, config, dev, operations, world)
-    overhead = dev.OVERHEAD_BYTES + (dev.OVERHEAD_OF_RANKS if world > 1 else 0)
-    elsewhere = overhead + (cublaslt.WORKSPACE_BYTES if backend == "cuda" else 0)
+    elsewhere = dev.overhead_bytes(world) + (cublaslt.WORKSPACE_BYTES if backend == "cuda" else 0)
     assert 0 <= taken - (sum(reported.values()) - elsewhere) < 8192  # scalars, and the guard's windows
 
 

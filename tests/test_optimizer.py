@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -243,3 +244,35 @@ def test_state_names_everything_that_the_next_step_depends_on():
     for optimizer in (first, second):
         optimizer.step(4, 1e-3, np.array(4.0))
     assert snapshot(first, params) == snapshot(second, other_params)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_squares_are_added_up_in_one_order_whoever_has_them(stage):
+    """By the lanes' rule, that they give the same bits on any number of ranks."""
+    lanes, config = 4, GPT2Config(L=2, C=8, NH=2, V=30, maxT=4)
+    tensors = parameter_tensors(config, np.float32)
+
+    class Rank(OneRank):
+        def __init__(self, rank, world, everyones):
+            self.rank, self.world, self.everyones = rank, world, everyones
+
+        def gather(self, values):
+            self.everyones[self.rank] = values.copy()
+            return np.stack(self.everyones)
+
+    def addends(world):
+        found, everyones = [], [np.zeros(lanes // world * (config.L + 1))] * world
+        operations = SimpleNamespace(
+            norm=OPS.norm, scalars=SimpleNamespace(total=lambda out, parts: found.append(parts.copy()))
+        )
+        for rank in [*range(world), 0]:  # the first again: now it knows what the others have
+            arenas = [Arena(tensors, NUMPY.zeros, lanes) for _ in range(lanes // world)]
+            arenas[0].flat[:] = np.random.default_rng(0).standard_normal(arenas[0].flat.size)
+            zero = Zero(Rank(rank, world, everyones), arenas[0], arenas, stage, operations, NUMPY)
+            zero.norm_squared(np.zeros(()))
+        return found[-1]
+
+    one = addends(1)
+    assert len(set(one)) == lanes * (config.L + 1)
+    for world in (2, 4):
+        np.testing.assert_array_equal(addends(world), one)

@@ -14,8 +14,9 @@ from engine.errors import OutOfMemoryError, UsageError
 NAME = "the GPU"
 COMPUTE_DTYPE = np.dtype(ml_dtypes.bfloat16)  # of parameters, gradients and activations in a run
 WORKS_ALONE = True  # whether it computes while the host goes on
-OVERHEAD_BYTES = 512 << 20  # of memory that a run takes besides its arrays: the code of kernels and of cublasLt
-OVERHEAD_OF_RANKS = 1 << 30  # the same, where there are several: NCCL's buffers
+CODE_BYTES = 512 << 20  # of memory that the code of kernels and of cublasLt takes
+# NCCL's: 1,314 MiB were seen with two ranks; what each further one adds is reckoned from the size of its buffers.
+NCCL_BYTES, NCCL_BYTES_OF_RANK = 1 << 30, 400 << 20
 SHARED_BY_RANKS = False  # whether those on one machine take their memory from the same
 
 Array = Any
@@ -201,6 +202,15 @@ def take(local_rank: int) -> tuple[bytes, int]:
     device.use()
     name = socket.gethostname(), device.pci_bus_id, runtime.getDeviceProperties(device.id)["uuid"]
     return repr(name).encode(), count
+
+
+def overhead_bytes(world: int) -> int:
+    """Of memory that each of `world` ranks takes besides its arrays."""
+    return CODE_BYTES + nccl_bytes(world)
+
+
+def nccl_bytes(world: int) -> int:
+    return NCCL_BYTES + (world - 1) * NCCL_BYTES_OF_RANK if world > 1 else 0
 
 
 def compute_capability() -> int:

@@ -15,8 +15,6 @@ CGROUP = Path("/sys/fs/cgroup")
 NAME = "the CPU"
 COMPUTE_DTYPE = np.float32  # of parameters, gradients and activations in a run
 WORKS_ALONE = False  # whether it computes while the host goes on
-OVERHEAD_BYTES = 0  # of memory that a run takes besides its arrays
-OVERHEAD_OF_RANKS = 0  # the same, where there are several
 SHARED_BY_RANKS = True  # whether those on one machine take their memory from the same
 
 
@@ -94,3 +92,8 @@ def seconds_between(start: float, end: float) -> float:
 def describe() -> str:
     """The device, for the plan of a run."""
     return NAME
+
+
+def overhead_bytes(world: int) -> int:
+    """Of memory that each of `world` ranks takes besides its arrays: nothing to speak of."""
+    return 0
