@@ -3,7 +3,7 @@
 // losses  = log(sum_v(exp(logits))) - logits[target]
 // dlogits = (exp(logits) / sum_v(exp(logits)) - [v == target]) * dloss      0 in the padding
 //
-// variants: HOLD_ROWS = 1, 2
+// variants: HOLD_ROW
 #include <common.cuh>
 
 constexpr int THREADS = 1024;
@@ -50,59 +50,43 @@ extern "C" __global__ void __launch_bounds__(THREADS) classifier_forward(
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + top / LOG2E - widen(x[targets[blockIdx.x]]);
 }
 
-#ifndef HOLD_ROWS
-#define HOLD_ROWS 0
+// With HOLD_ROW a block keeps its row in shared memory, so that memory is read once; otherwise it reads the row twice.
+#ifdef HOLD_ROW
+constexpr int BLOCKS = 2;  // on a multiprocessor: one's copies under way while the other computes
+#else
+constexpr int BLOCKS = 1;
 #endif
 
-// A row on its way to shared memory; where there is none, nothing, which counts as a group of copies too.
-__device__ __forceinline__ void copy_row(bf16* held, const bf16* logits, int row, int N, int Vp) {
-    if (row < N)
-        for (int v = threadIdx.x * PACK; v < Vp; v += THREADS * PACK)
-            copy_async(held + v, logits + static_cast<size_t>(row) * Vp + v, true);
-    copy_async_commit();
-}
-
-// Each block takes one row after another. It keeps HOLD_ROWS of them in shared memory, so that memory is read once:
-// with two, one comes while the block computes and writes the other. (Blocks of a row each begin together, and then
-// read together and compute together for a while, and memory has nothing to do: so for few rows.) With none, it reads a
-// row twice.
-extern "C" __global__ void __launch_bounds__(THREADS) classifier_forward_backward(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) classifier_forward_backward(
     float* __restrict__ losses,       // (N)
     bf16* __restrict__ logits,        // (N,Vp)
     const int* __restrict__ targets,  // (N)
     int N, int V, int Vp, float dloss) {
-#if HOLD_ROWS
-    DYNAMIC_SHARED(bf16, rows);  // (HOLD_ROWS,Vp); each thread reads what it copied itself, which takes no barrier
-    for (int k = 0; k < HOLD_ROWS; k++) copy_row(rows + k * Vp, logits, blockIdx.x + k * gridDim.x, N, Vp);
-#endif
-    for (int row = blockIdx.x, turn = 0; row < N; row += gridDim.x, turn++) {
-        bf16* x = logits + static_cast<size_t>(row) * Vp;
-        const int target = targets[row];
-        const float target_logit = widen(x[target]);
-#if HOLD_ROWS
-        bf16* held = rows + turn % HOLD_ROWS * Vp;
-        copy_async_wait<HOLD_ROWS - 1>();
+    bf16* x = logits + static_cast<size_t>(blockIdx.x) * Vp;
+    const int target = targets[blockIdx.x];
+    const float target_logit = widen(x[target]);
+#ifdef HOLD_ROW
+    DYNAMIC_SHARED(bf16, held);  // (Vp); each thread reads what it copied itself, which takes no barrier
+    for (int v = threadIdx.x * PACK; v < Vp; v += THREADS * PACK) copy_async(held + v, x + v, true);
+    copy_async_commit();
+    copy_async_wait<0>();
 #else
-        const bf16* held = x;
+    const bf16* held = x;
 #endif
-        float top, total;
-        // Its barriers stand between all reads of the target's logit and the writes.
-        softmax_parts(top, total, held, V);
-        if (threadIdx.x == 0) losses[row] = logf(total) + top / LOG2E - target_logit;
-        const float scale = dloss / total;
-        for (int v = threadIdx.x * PACK; v < Vp; v += THREADS * PACK) {
-            Pack p = load_logits(held, v, V);
+    float top, total;
+    // Its barriers stand between all reads of the target's logit and the writes.
+    softmax_parts(top, total, held, V);
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + top / LOG2E - target_logit;
+    const float scale = dloss / total;
+    for (int v = threadIdx.x * PACK; v < Vp; v += THREADS * PACK) {
+        Pack p = load_logits(held, v, V);
 #pragma unroll
-            for (int i = 0; i < PACK; i++) p.x[i] = exp2_fast(p.x[i] - top) * scale;
-            if (target / PACK == v / PACK)
+        for (int i = 0; i < PACK; i++) p.x[i] = exp2_fast(p.x[i] - top) * scale;
+        if (target / PACK == v / PACK)
 #pragma unroll
-                for (int i = 0; i < PACK; i++)
-                    if (v + i == target) p.x[i] -= dloss;
-            store(x + v, p);
-        }
-#if HOLD_ROWS
-        copy_row(held, logits, row + HOLD_ROWS * gridDim.x, N, Vp);
-#endif
+            for (int i = 0; i < PACK; i++)
+                if (v + i == target) p.x[i] -= dloss;
+        store(x + v, p);
     }
 }
 

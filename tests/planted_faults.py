@@ -294,18 +294,11 @@ FAULTS = (
         ("dloss ignored", "scale = dloss / total", "scale = 1.0f / total"),
         (
             "the padding not written",
-            "v < Vp; v += THREADS * PACK) {\n            Pack p",
-            "v < V; v += THREADS * PACK) {\n            Pack p",
+            "v < Vp; v += THREADS * PACK) {\n        Pack p",
+            "v < V; v += THREADS * PACK) {\n        Pack p",
         ),
-        ("the copies not waited for", "copy_async_wait<HOLD_ROWS - 1>()", "copy_async_wait<HOLD_ROWS>()"),
-        ("the first row alone", "row < N; row += gridDim.x", "row < N && !turn; row += gridDim.x"),
-        ("another turn's row", "turn % HOLD_ROWS", "(turn + 1) % HOLD_ROWS"),
-        ("the same row again", "row + HOLD_ROWS * gridDim.x, N, Vp", "row, N, Vp"),
-    ),
-    *_in(
-        "classifier.cu copy_row",
-        ("the tail of the row not copied", "+ v, true", "+ v, v + THREADS * PACK < Vp"),
-        ("the last copies not waited for", "    copy_async_commit();", "    if (row < N) copy_async_commit();"),
+        ("the copies not waited for", "    copy_async_wait<0>();\n", ""),
+        ("the tail of the row not copied", "held + v, x + v, true", "held + v, x + v, v + THREADS * PACK < Vp"),
     ),
     *_in(
         "classifier.cu classifier_add_mean",

@@ -582,7 +582,6 @@ def test_where_nothing_is_timed_the_gpu_s_kind_says_where_gelu_is(stand_in, monk
     monkeypatch.setattr(CUDA.linear, "gelu_fusion", None)
     monkeypatch.setattr(CUDA.attention, "for_hopper", False)
     monkeypatch.setattr(CUDA.cuda, "compute_capability", lambda: capability)
-    monkeypatch.setattr(CUDA.cuda, "multiprocessors", lambda: 108)
     monkeypatch.setattr(CUDA.cuda, "shared_memory_limit", lambda: 163 << 10)
     monkeypatch.setattr(CUDA.kernels, "KERNELS", SimpleNamespace(load=lambda *_: None))
     monkeypatch.setattr(CUDA.scratch, "reserve", lambda nbytes: None)

@@ -137,7 +137,6 @@ def on(name: str) -> Iterator[Twin]:
             patch.setattr(cuda, "zeros", lambda shape, dtype: np.zeros(shape, dtype))
             patch.setattr(cuda, "Upload", numpy.Upload)
             patch.setattr(cuda, "shared_memory_limit", lambda: 227 << 10)
-            patch.setattr(cuda, "multiprocessors", lambda: 2)
         twin = Twin(name)
         yield twin
         twin.check_guards()

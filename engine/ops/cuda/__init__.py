@@ -79,7 +79,7 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
     for source, *variants in (
         ("adamw", grads),
         ("attention", {"HS": HS}),
-        ("classifier", {}, classifier.variant(dims["Vp"], dims["B"] * dims["T"])),
+        ("classifier", {}, classifier.holds_row(dims["Vp"])),
         ("column_sums", grads),
         ("embedding", {}, grads),
         ("gelu", {}),
