@@ -617,7 +617,7 @@ FAULTS = (
         ("a warp's sum lost", "blockDim.x / WARP ?", "blockDim.x / WARP - 1 ?"),
         ("no barrier before the reads", "partial[warp] = x;\n    __syncthreads();", "partial[warp] = x;"),
         ("no barrier behind the reads", "T(0));\n    __syncthreads();", "T(0));"),
-        tests="test_layernorm_backward",
+        tests="test_layernorm_forward",
     ),
     *_in(
         "common.cuh block_max",
