@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 GROUP = 16
-PIECE = GROUP * 2**18  # values made at a time, to bound the memory of a large tensor
+PIECE = GROUP * 2**12  # values made at a time, so that they stay in the cache
 
 
 class TorchGenerator:
