@@ -160,3 +160,21 @@ def test_a_batch_that_no_grid_holds_is_refused(monkeypatch):
     monkeypatch.setattr(cuda, "shared_memory_limit", lambda: 227 << 10)
     assert not ops.load("cuda").unsupported(65_535, 768, 64)
     assert "-b 65,536" in ops.load("cuda").unsupported(65_536, 768, 64)
+
+
+@pytest.mark.parametrize(("wanted", "taken"), [("", 90), ("80", 80), ("86", 86), ("90", 90)])
+def test_an_older_gpu_s_kernels_are_taken_if_wanted(monkeypatch, wanted, taken):
+    pretend_packages(monkeypatch)
+    monkeypatch.setenv("BACKHAND_CAPABILITY", wanted)
+    assert device.load("cuda").compute_capability() == taken
+    said = []
+    assert device.choose("auto", said.append) == "cuda"
+    assert said == ([f"note       by BACKHAND_CAPABILITY, kernels of compute capability {taken}"] if wanted else [])
+
+
+@pytest.mark.parametrize("wanted", ["100", "75", "9.0", "ampere"])
+def test_kernels_that_the_gpu_does_not_take_are_refused(monkeypatch, wanted):
+    pretend_packages(monkeypatch)
+    monkeypatch.setenv("BACKHAND_CAPABILITY", wanted)
+    with pytest.raises(UsageError, match=f"BACKHAND_CAPABILITY={wanted}: .* 80 .* to 90"):
+        device.load("cuda").compute_capability()

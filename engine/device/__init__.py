@@ -1,6 +1,7 @@
 """Where arrays live. Every device offers the same few functions: see engine/device/numpy.py."""
 
 import ctypes
+import os
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
@@ -25,12 +26,14 @@ def choose(wanted: str, say: Callable[[str], None]) -> str:
     """The device that --device means, for `load`: "numpy" or "cuda".
 
     auto is the GPU where one can train, else the CPU; where there is a driver for a GPU, it says why the GPU is not
-    taken. UsageError where cuda is asked for and can't be had.
+    taken. UsageError where cuda is asked for and can't be had, or kernels that it has not.
     """
     if wanted == "cpu":
         return "numpy"
     problem = cuda_problem()
     if not problem:
+        if os.environ.get("BACKHAND_CAPABILITY"):
+            say(f"note       by BACKHAND_CAPABILITY, kernels of compute capability {load('cuda').compute_capability()}")
         return "cuda"
     if wanted == "cuda":
         raise UsageError(f"--device cuda: {problem}. {DOCTOR}; --device cpu does without a GPU")

@@ -1,5 +1,6 @@
 """The CUDA device: arrays are CuPy arrays, on the GPU that is current; everything is put on the current stream."""
 
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -214,10 +215,17 @@ def nccl_bytes(world: int) -> int:
 
 
 def compute_capability() -> int:
-    """As 90 for 9.0."""
+    """Whose kernels are taken where there are several: the GPU's, as 90 for 9.0, or by $BACKHAND_CAPABILITY an older
+    one's. UsageError where that is not.
+    """
     import cupy
 
-    return int(cupy.cuda.Device().compute_capability)
+    gpu, wanted = int(cupy.cuda.Device().compute_capability), os.environ.get("BACKHAND_CAPABILITY", "")
+    if not wanted:
+        return gpu
+    if not wanted.isdigit() or not 80 <= int(wanted) <= gpu:
+        raise UsageError(f"BACKHAND_CAPABILITY={wanted}: this GPU takes kernels of 80 (Ampere, 8.0) to {gpu}")
+    return int(wanted)
 
 
 def shared_memory_limit() -> int:
