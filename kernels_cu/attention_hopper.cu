@@ -1,5 +1,6 @@
 // attention.cu for Hopper: the same mathematics and the same two kernels backward, with the products of a warpgroup and
-// with the tensor memory accelerator (after FlashAttention-3, Shah et al. 2024, arXiv 2407.08608).
+// with the tensor memory accelerator (after FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). That over queries
+// comes first here, and leaves D.
 //
 // A block has some warpgroups of 64 rows each, and one more, of which one warp keeps a ring of stages in shared memory
 // filled with what the others go through; they share it, each at its own pace. All that a product makes stays in
@@ -425,14 +426,28 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
     if (first < T) sums[group].store_sums(row_of_partial(partial, blocks, first, C) + C + column, C);
 }
 
-// The gradients of 64 queries a warpgroup of a head: blocks (ceil(T / rows), NH, B), those with the most keys first.
+// D = sum_hs(dout * out) of a row, by the four lanes that share it in a tile; dout lies in shared memory.
+__device__ __forceinline__ float row_dot(const bf16* dy, int row, const bf16* out) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int c = threadIdx.x % 4 * PACK; c < HS; c += 4 * PACK) {
+        const Pack p = load(dy + place(row, c)), q = load(out + c);
+#pragma unroll
+        for (int i = 0; i < PACK; i++) sum += p.x[i] * q.x[i];
+    }
+    return row_sum(sum);
+}
+
+// The gradients of 64 queries a warpgroup of a head, and their D: blocks (ceil(T / rows), NH, B), those with the most
+// keys first.
 extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopper_backward_q(
     bf16* __restrict__ dqkv,                      // (B,T,3,NH,HS)
     float* __restrict__ partial,                  // (B,blocks,3,NH,HS)
+    float* __restrict__ D,                        // (B,NH,T)
     const unsigned long long* __restrict__ dout,  // (16)
     const unsigned long long* __restrict__ qkv,   // (16)
+    const bf16* __restrict__ out,                 // (B,T,NH,HS)
     const float* __restrict__ lse,                // (B,NH,T)
-    const float* __restrict__ D,                  // (B,NH,T)
     int blocks, int B, int T, int NH) {
     DYNAMIC_SHARED(bf16, shared);
     bf16* const q = shared;
@@ -466,10 +481,17 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
     const int first = block + group * ROWS;  // the warpgroup's first query
     bf16 *const my_q = q + group * HEAD, *const my_dy = dy + group * HEAD;
     const size_t head = (static_cast<size_t>(blockIdx.z) * NH + blockIdx.y) * T;
-    const int row0 = first + threadIdx.x / WARP % 4 * 16 + tile_row(), row1 = row0 + 8;
-    const float lse0 = row0 < T ? lse[head + row0] * LOG2E : INF, D0 = row0 < T ? D[head + row0] : 0.0f;
-    const float lse1 = row1 < T ? lse[head + row1] * LOG2E : INF, D1 = row1 < T ? D[head + row1] : 0.0f;
+    const int row = threadIdx.x / WARP % 4 * 16 + tile_row(), row0 = first + row, row1 = row0 + 8;
+    const float lse0 = row0 < T ? lse[head + row0] * LOG2E : INF, lse1 = row1 < T ? lse[head + row1] * LOG2E : INF;
     barrier_wait(queries, 0);
+    // Of rows beyond T, where dout is zero, any row of out will do.
+    const bf16* const head_out = out + static_cast<size_t>(blockIdx.z) * T * C + column;
+    const float D0 = row_dot(my_dy, row, head_out + static_cast<size_t>(min(row0, T - 1)) * C);
+    const float D1 = row_dot(my_dy, row + 8, head_out + static_cast<size_t>(min(row1, T - 1)) * C);
+    if (threadIdx.x % 4 == 0) {
+        if (row0 < T) D[head + row0] = D0;
+        if (row1 < T) D[head + row1] = D1;
+    }
     const float scale = rsqrtf(static_cast<float>(HS));
     Tile<HS> dq;
     for (int step = 0; step * ROWS <= first && step * ROWS < end; step++) {

@@ -203,6 +203,10 @@ FAULTS = (
         ("all sequences in the first one's rows", "(static_cast<size_t>(blockIdx.z) * blocks + first", "(first"),
     ),
     *_in(
+        "attention_hopper.cu row_dot",
+        ("half of the channels", "c < HS;", "c < HS / 2;"),
+    ),
+    *_in(
         "attention_hopper.cu load_keys",
         ("keys for values", "qkv, 2 * C + column", "qkv, C + column"),
         ("fewer bytes expected than come", "2 * HEAD_BYTES", "HEAD_BYTES"),
@@ -260,6 +264,9 @@ FAULTS = (
         ("dq not scaled", "my_q, dq, scale, scale", "my_q, dq, 1.0f, 1.0f"),
         ("the last gradient not waited for", "        products_wait<0>();\n        products_done(dq.x);\n", ""),
         ("dq's sums at those of dk", "first, C) + column", "first, C) + C + column"),
+        ("D of the first row for both", "row_dot(my_dy, row + 8,", "row_dot(my_dy, row,"),
+        ("D of half of the rows", "        if (row1 < T) D[head + row1] = D1;\n", ""),
+        ("D of rows beyond T", "if (row0 < T) D[head", "if (true) D[head"),
     ),
     *_in(
         "attention_hopper.cu attention_hopper_backward_q",

@@ -36,6 +36,12 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias
     (B, NH, T), HS = lse.shape, out.shape[-1] // lse.shape[1]
     count = blocks(T, ROWS)
     D, partial = scratch((lse.shape, np.float32), ((B * count, 3 * NH * HS), np.float32))
+    if on_hopper(HS):
+        maps = tensor_map.rows(dout, B, T, NH * HS), tensor_map.rows(qkv, B, T, 3 * NH * HS)
+        _launch_hopper("backward_q", B, NH, T, HS, dqkv, partial, D, *maps, out, lse, count)
+        _launch_hopper("backward_kv", B, NH, T, HS, dqkv, partial, *maps, lse, D, count)
+        column_sums.add_partial(dbias, partial)
+        return
     kernels.launch(
         "attention",
         "attention_backward_d",
@@ -44,15 +50,9 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias
         *(D, dout, out, B, T, NH),
         defines={"HS": HS},
     )
-    if on_hopper(HS):
-        inputs = tensor_map.rows(dout, B, T, NH * HS), tensor_map.rows(qkv, B, T, 3 * NH * HS), lse, D, count
-        _launch_hopper("backward_kv", B, NH, T, HS, dqkv, partial, *inputs)
-        _launch_hopper("backward_q", B, NH, T, HS, dqkv, partial, *inputs)
-        column_sums.add_partial(dbias, partial)
-    else:
-        _launch("backward_kv", B, NH, T, HS, dqkv, dout, qkv, lse, D)
-        _launch("backward_q", B, NH, T, HS, dqkv, dout, qkv, lse, D)
-        column_sums.add(dbias, dqkv)
+    _launch("backward_kv", B, NH, T, HS, dqkv, dout, qkv, lse, D)
+    _launch("backward_q", B, NH, T, HS, dqkv, dout, qkv, lse, D)
+    column_sums.add(dbias, dqkv)
 
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:
