@@ -171,6 +171,10 @@ struct Ring {
     }
 };
 
+// Of forward: exponentials are relative to the maximum of a row's scores so far, or to one that it exceeds by no more
+// than so many powers of two: a warp seldom has to shrink what it has added up then, and fp32 holds far larger sums.
+constexpr float SLACK = 8.0f;
+
 // The filling thread: keys and values of a head up to `end`, stage by stage.
 __device__ __forceinline__ void load_keys(
     Ring& ring, bf16* k, bf16* v, const unsigned long long* qkv, int C, int column, int end) {
@@ -248,11 +252,20 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
             }
         higher0 = row_max(higher0);  // finite: every query sees key 0, which is in the first step
         higher1 = row_max(higher1);
-        const float shrink0 = exp2_fast((top0 - higher0) * scale), shrink1 = exp2_fast((top1 - higher1) * scale);
-        top0 = higher0;
-        top1 = higher1;
-        total0 *= shrink0;
-        total1 *= shrink1;
+        if (__any_sync(ALL_LANES, fmaxf(higher0 - top0, higher1 - top1) * scale > SLACK)) {
+            const float shrink0 = exp2_fast((top0 - higher0) * scale), shrink1 = exp2_fast((top1 - higher1) * scale);
+            top0 = higher0;
+            top1 = higher1;
+            total0 *= shrink0;
+            total1 *= shrink1;
+#pragma unroll
+            for (int n = 0; n < HS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    o.x[n][i] *= shrink0;
+                    o.x[n][i + 2] *= shrink1;
+                }
+        }
         const float offset0 = top0 * scale, offset1 = top1 * scale;
 #pragma unroll
         for (int n = 0; n < ROWS / 8; n++)
@@ -260,13 +273,6 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
             for (int i = 0; i < 2; i++) {
                 total0 += s.x[n][i] = exp2_fast(s.x[n][i] * scale - offset0);
                 total1 += s.x[n][i + 2] = exp2_fast(s.x[n][i + 2] * scale - offset1);
-            }
-#pragma unroll
-        for (int n = 0; n < HS / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                o.x[n][i] *= shrink0;
-                o.x[n][i + 2] *= shrink1;
             }
         unsigned p[ROWS / 16][4];
         as_factors(p, s);

@@ -213,7 +213,8 @@ FAULTS = (
     ),
     *_in(
         "attention_hopper.cu attention_hopper_forward",
-        ("the total not rescaled", "        total1 *= shrink1;\n", ""),
+        ("the total not rescaled", "            total1 *= shrink1;\n", ""),
+        ("the output not rescaled", "                    o.x[n][i + 2] *= shrink1;\n", ""),
         ("no causal mask", "if (step * ROWS == first) {", "if (false) {"),
         ("a query does not see its own key", "if (key > query + 8)", "if (key >= query + 8)"),
         (

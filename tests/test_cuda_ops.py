@@ -524,6 +524,9 @@ def test_attention(twin, sizes, monkeypatch, for_hopper):
             continue
         C = NH * HS
         qkv, dout = normal(B, T, 3 * C) * 1.5, normal(B, T, C)
+        later = np.linspace(1, 2.5, T)[:, None]  # in the first head scores grow along the keys
+        qkv[..., :HS] *= later
+        qkv[..., C : C + HS] *= later
         out, lse = twin.nan(B, T, C), twin.nan(B, NH, T, dtype=F32)
         device_qkv = among_nan(twin, qkv)
         CUDA.attention.forward(out, lse, device_qkv)
@@ -561,9 +564,13 @@ def test_attention_in_float64_is_the_specification():
     np.testing.assert_allclose(dbias, dqkv.sum(axis=(0, 1)), rtol=1e-9, atol=1e-12)
 
 
-def test_attention_is_stable_and_causal(twin):
+@pytest.mark.parametrize("for_hopper", [False, True])
+def test_attention_is_stable_and_causal(twin, monkeypatch, for_hopper):
     """Scores of 1e4 do not overflow, and what comes later reaches nothing before it."""
-    B, T, NH, HS = 1, 70, 1, 16
+    if for_hopper and not hopper(twin):
+        pytest.skip("this GPU is no Hopper")
+    monkeypatch.setattr(CUDA.attention, "for_hopper", for_hopper)
+    B, T, NH, HS = 1, 70, 1, 64 if for_hopper else 16
     qkv = normal(B, T, 3 * HS) * 100
     results = []
     for _ in range(2):
