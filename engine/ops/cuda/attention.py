@@ -32,7 +32,7 @@ def forward(out: Array, lse: Array, qkv: Array) -> None:
         _launch("forward", B, NH, T, HS, out, lse, qkv)
 
 
-def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias: Array) -> None:
+def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias: Array, *, accumulate: bool) -> None:
     (B, NH, T), HS = lse.shape, out.shape[-1] // lse.shape[1]
     count = blocks(T, ROWS)
     D, partial = scratch((lse.shape, np.float32), ((B * count, 3 * NH * HS), np.float32))
@@ -48,11 +48,11 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias
         inputs = tensor_map.rows(dout, B, T, NH * HS), tensor_map.rows(qkv, B, T, 3 * NH * HS), lse, D, count
         _launch_hopper("backward_kv", B, NH, T, HS, dqkv, partial, *inputs)
         _launch_hopper("backward_q", B, NH, T, HS, dqkv, partial, *inputs)
-        column_sums.add_partial(dbias, partial)
+        column_sums.add_partial(dbias, partial, accumulate=accumulate)
     else:
         _launch("backward_kv", B, NH, T, HS, dqkv, dout, qkv, lse, D)
         _launch("backward_q", B, NH, T, HS, dqkv, dout, qkv, lse, D)
-        column_sums.add(dbias, dqkv)
+        column_sums.add(dbias, dqkv, accumulate=accumulate)
 
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:
