@@ -174,15 +174,13 @@ def train_step(t: Training, step: int) -> float:
     run, micro_steps, lanes = t.run, t.run.accumulation(t.comm.world), len(t.model.lanes)
     if run.overfit:
         t.loader.rewind()
-    t.model.zero_grads()
-    t.zero.begin()
     t.lane_losses.fill(0)
     for micro_step in range(micro_steps):
         t.watchdog.enter("data", step)
         for upload, tokens in zip(t.uploads, t.loader.next(), strict=True):
             upload(tokens)
         t.watchdog.enter("forward and backward", step)
-        t.replay(accumulate, t, micro_step % lanes, micro_step == micro_steps - 1)
+        t.replay(accumulate, t, micro_step % lanes, micro_step < lanes, micro_step == micro_steps - 1)
     everyones = t.comm.gather(t.lane_losses).reshape(-1)
     t.ops.scalars.total(t.loss, everyones, everyones.size)
     t.watchdog.enter("update", step)
@@ -191,15 +189,17 @@ def train_step(t: Training, step: int) -> float:
     return lr
 
 
-def accumulate(t: Training, lane: int, last: bool) -> None:
-    """The gradient and the loss of the micro-batch that has been uploaded are added to the lane's.
+def accumulate(t: Training, lane: int, first: bool, last: bool) -> None:
+    """The gradient and the loss of the micro-batch that has been uploaded are added to the lane's; its first one in a
+    step writes the gradient. last: of the step's, in all lanes.
 
     With the same arguments the same in every step: a GPU replays it.
     """
     inp, targets = (upload.array for upload in t.uploads)
     t.model.forward(inp)
-    on_ready = t.zero.when_ready(last)
-    losses = t.model.backward(inp, targets, 1 / (t.samples_per_step * t.run.T), lane, on_ready)
+    on_ready = t.zero.when_ready(first, last)
+    dloss, adds = 1 / (t.samples_per_step * t.run.T), t.zero.accumulates(first)
+    losses = t.model.backward(inp, targets, dloss, lane, on_ready, accumulate=adds)
     t.zero.settle()
     share = len(t.model.lanes) / t.run.accumulation(t.comm.world)
     t.ops.classifier.add_mean(t.lane_losses[lane : lane + 1].reshape(()), losses, share)

@@ -103,13 +103,13 @@ def start_beside_attention(t: Training) -> None:
         if bucket <= 1:  # no attention follows
             begin()
 
-    def attention_backward(*args: Any) -> None:
+    def attention_backward(*args: Any, **options: Any) -> None:
         begin()
-        operations.attention.backward(*args)
+        operations.attention.backward(*args, **options)
 
     attention = SimpleNamespace(**vars(operations.attention) | {"backward": attention_backward})
     t.model.ops = SimpleNamespace(**vars(operations) | {"attention": attention})  # type: ignore[assignment]
-    t.zero.when_ready = lambda last: ready if last else ignore  # type: ignore[method-assign]
+    t.zero.when_ready = lambda first, last: ready if last else ignore  # type: ignore[method-assign]
 
 
 def ignore(bucket: int) -> None:
@@ -309,7 +309,7 @@ def loss_curves(
     step = replace(run, B=B, total_batch=comm.world * B * run.T, steps=steps, lr=6e-4, warmup=min(steps, 20))
     dims, dtype = config.dims() | {"B": B, "T": run.T}, gradient_dtype(step, dev)
     operations.prepare(dims, step.gelu_fusion, dtype)
-    training.tune_together(step, comm, operations, dims, dtype, {}, lambda line: None)
+    training.tune_together(step, comm, operations, dims, dtype, True, {}, lambda line: None)  # one rank accumulates
     found: dict[str, list[float]] = {}
     for world in sorted(n for n in {1, 2, 4, 8, comm.world} if comm.world % n == 0):
         some = MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Incl(range(world))) if comm.rank < world else None
@@ -478,7 +478,8 @@ def compare(
     nccl = most_of(comm, of_nccl(ranks, dev, free)) if dev.WORKS_ALONE else {}
     dims, dtype = config.dims() | {"B": run.B, "T": run.T}, gradient_dtype(run, dev)
     operations.prepare(dims, run.gelu_fusion, dtype)
-    training.tune_together(run, ranks, operations, dims, dtype, {}, lambda line: None)
+    # One rank that takes the steps of several does accumulate.
+    training.tune_together(run, ranks, operations, dims, dtype, True, {}, lambda line: None)
     rng = np.random.default_rng(comm.rank)
     tokens = tuple(rng.integers(0, config.V, (run.B, run.T)).astype(np.int32) for _ in range(2))
     measuring = config, dev, tokens, warm_up, steps

@@ -22,11 +22,10 @@ from engine.memory import require_memory
 Array = Any
 
 
-# Arguments that are both read and written, by position or keyword.
+# Arguments that are both read and written, by position or keyword. The gradients of parameters are not: a step of one
+# micro-batch accumulates nothing.
 ADDED_TO = {
-    "layernorm.backward": (0, 1, 2, 8),
-    "linear.backward": (1, "dbias_below"),
-    "attention.backward": (5,),
+    "layernorm.backward": (0,),
     "gelu.backward": (0,),
     "classifier.forward_backward": (1,),
     "adamw.update": (1, 2, 3),
@@ -100,7 +99,7 @@ def set_up(V: int, layers: int | None = None, **values: Any) -> Setting:
     require_memory(run, config, dev, operations, 1)
     dims = config.dims() | {"B": run.B, "T": run.T}
     operations.prepare(dims, run.gelu_fusion, dev.COMPUTE_DTYPE)
-    tuning = training.tune_together(run, OneRank(), operations, dims, dev.COMPUTE_DTYPE, {}, print)
+    tuning = training.tune_together(run, OneRank(), operations, dims, dev.COMPUTE_DTYPE, False, {}, print)
     return Setting(backend, dev, operations, config, run, tuning)
 
 
@@ -129,16 +128,15 @@ def make_step(
     loss, tokens, wanted = dev.zeros((), np.float64), dev.to_device(inp), dev.to_device(targets)
     updates = 0
 
-    def accumulate() -> None:
-        model.zero_grads()
+    def forward_and_backward() -> None:
         model.forward(tokens)
         loss.fill(0)
-        operations.classifier.add_mean(loss, model.backward(tokens, wanted, 1 / inp.size), 1.0)
+        operations.classifier.add_mean(loss, model.backward(tokens, wanted, 1 / inp.size, accumulate=False), 1.0)
 
     def step(replay: Callable[..., None] = eagerly) -> Array:
         nonlocal updates
         updates += 1
-        replay(accumulate)
+        replay(forward_and_backward)
         optimizer.step(updates, 3e-4, loss, replay)
         return loss
 

@@ -327,6 +327,10 @@ class RunConfig:
         """Whether each of `world` ranks keeps the gradients of its own shares only."""
         return self.zero_stage == 2 and world > 1
 
+    def accumulates(self, world: int) -> bool:
+        """Whether backward adds some micro-batches' gradients to those of others, in the same memory."""
+        return not self.shards_gradients(world) and self.accumulation(world) > self.lanes_per_rank(world)
+
     @classmethod
     def flag(cls, name: str) -> str:
         """The shortest spelling of a field's option."""

@@ -157,7 +157,8 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
     dims = config.dims() | {"B": run.B, "T": run.T}
     operations.prepare(dims, run.gelu_fusion, grad_dtype)
     before = saved.state.get("tuning", {}) if saved else {}
-    identity["tuning"] = tune_together(run, comm, operations, dims, grad_dtype, before, say)
+    accumulates = run.accumulates(comm.world)
+    identity["tuning"] = tune_together(run, comm, operations, dims, grad_dtype, accumulates, before, say)
     model, zero, optimizer = assemble(run, comm, config, dev, operations)
     if saved:
         optimizer.set_parameters(saved.tensors(gpt2.MODEL_FILE))
@@ -372,12 +373,13 @@ def tune_together(
     operations: ModuleType,
     dims: dict[str, int],
     grad_dtype: Any,
+    accumulates: bool,
     before: dict[str, Any],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """What rank 0 chooses by timing, or takes from the table `before`, and all ranks use: the same bits everywhere."""
     wanted = run.gemm_search == "auto" and comm.rank == 0
-    chosen = operations.tune(dims, run.gelu_fusion, grad_dtype, before, say) if wanted else {}
+    chosen = operations.tune(dims, run.gelu_fusion, grad_dtype, accumulates, before, say) if wanted else {}
     table = json.loads(from_rank_0(comm, json.dumps(chosen).encode()))
     operations.use_tuning(table)
     return table

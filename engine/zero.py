@@ -22,6 +22,7 @@ that divides the lanes. Without the option there is one lane a rank.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from types import ModuleType
 from typing import Any
@@ -90,21 +91,25 @@ class Zero:
         """Whether this rank keeps the gradient of its own shares only."""
         return self._stage == 2 and self._comm.world > 1
 
-    def begin(self) -> None:
-        """A step begins: nothing has been added up over ranks."""
-        if self.shards_gradients:
-            self._shard.fill(0)
+    def accumulates(self, first: bool) -> bool:
+        """Whether backward adds to the gradients of the micro-batches before, the lane's first one in a step or not: in
+        stage 2 they have been taken away.
+        """
+        return not (first or self.shards_gradients)
 
-    def when_ready(self, last: bool) -> Callable[[int], None]:
-        """What happens to a bucket that a micro-batch has finished, the last one of its step or not."""
-        return self.reduce if last or self.shards_gradients else _nothing
+    def when_ready(self, first: bool, last: bool) -> Callable[[int], None]:
+        """What happens to a bucket that a micro-batch has finished, the first or last one of its step or not."""
+        if self.shards_gradients:
+            return partial(self.reduce, add=not first)
+        return self.reduce if last else _nothing
 
     def gradient(self, span: slice, owned: slice) -> Array:
         """The summed gradient of a part of what this rank updates: of the flat buffers, and of owned elements."""
         return self._shard[owned] if self.shards_gradients else self._lanes[0].flat[span]
 
-    def reduce(self, bucket: int) -> None:
-        """The gradient of a bucket, finished here in all lanes, becomes the sum over lanes: of this share, or all.
+    def reduce(self, bucket: int, add: bool = False) -> None:
+        """The gradient of a bucket, finished here in all lanes, becomes the sum over lanes: of this share, or all. With
+        add, in stage 2, it joins that of the micro-batches before.
 
         Aside: what comes next has the sums after `settle`.
         """
@@ -114,7 +119,7 @@ class Zero:
             # Backward is about to write where the bucket before this one was (see gpt2.slots_by_turns).
             self._comm.wait(self._reducing)
         with self._comm.aside():
-            self._reduce(bucket)
+            self._reduce(bucket, add)
         if self.shards_gradients:
             self._reducing = self._comm.mark()
 
@@ -124,13 +129,13 @@ class Zero:
         self._reducing = None
         self._gathering.clear()
 
-    def _reduce(self, bucket: int) -> None:
+    def _reduce(self, bucket: int, add: bool) -> None:
         gradient, *_ = gradients = [lane.flat[lane.buckets[bucket]] for lane in self._lanes]
         own = gradient[_own(slice(0, gradient.size), self._comm)]
         parts = self._summed_on_the_way(gradient, own) if self._by_library else self._everyones(gradients)
         if self.shards_gradients:
-            self._ops.reduce.sum_slices(self._shard[self.owned_by_bucket[bucket]], parts, add=True)
-            gradient.fill(0)
+            self._ops.reduce.sum_slices(self._shard[self.owned_by_bucket[bucket]], parts, add=add)
+            gradient.fill(0)  # another bucket's padding may lie where these gradients did
             return
         if not self._by_library:
             self._ops.reduce.sum_slices(own, parts)

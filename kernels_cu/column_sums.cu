@@ -1,5 +1,5 @@
-// The sums of a gradient's columns, which are a bias gradient: out += sum_n(x). Two kernels: sums of some rows each,
-// and theirs; of these, other kernels bring their own.
+// The sums of a gradient's columns, which are a bias gradient: out = sum_n(x), += with accumulate. Two kernels: sums of
+// some rows each, and theirs; of these, other kernels bring their own.
 //
 // variants: GRAD_FP32
 #include <common.cuh>
@@ -33,6 +33,6 @@ extern "C" __global__ void column_sums_of_blocks(
 extern "C" __global__ void column_sums_add(
     grad_t* __restrict__ out,           // (C)
     const float* __restrict__ partial,  // (blocks,C)
-    int blocks, int C) {
-    add_column_sums(out, partial, blocks, C, C);
+    int accumulate, int blocks, int C) {
+    add_column_sums(out, partial, accumulate, blocks, C, C);
 }

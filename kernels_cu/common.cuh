@@ -98,10 +98,11 @@ __device__ __forceinline__ float block_max(float x) {
     return x;
 }
 
-// out (columns) += the sums of the columns of x (rows, columns), whose rows lie `stride` apart. A block of (32, 32)
-// threads takes 32 columns; blocks along x. Every warp adds up some of the rows, then the warps' sums are added in
-// order.
-__device__ __forceinline__ void add_column_sums(grad_t* out, const float* x, int rows, int stride, int columns) {
+// out (columns) = the sums of the columns of x (rows, columns), whose rows lie `stride` apart; += with accumulate. A
+// block of (32, 32) threads takes 32 columns; blocks along x. Every warp adds up some of the rows, then the warps' sums
+// are added in order.
+__device__ __forceinline__ void add_column_sums(
+    grad_t* out, const float* x, int accumulate, int rows, int stride, int columns) {
     __shared__ float partial[WARP][WARP + 1];
     const int column = blockIdx.x * WARP + threadIdx.x;
     float sum = 0.0f;
@@ -112,6 +113,6 @@ __device__ __forceinline__ void add_column_sums(grad_t* out, const float* x, int
     if (threadIdx.y == 0 && column < columns) {
         float total = 0.0f;
         for (int warp = 0; warp < WARP; warp++) total += partial[warp][threadIdx.x];
-        narrow(out[column], widen(out[column]) + total);
+        narrow(out[column], (accumulate ? widen(out[column]) : 0.0f) + total);
     }
 }

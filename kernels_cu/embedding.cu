@@ -1,7 +1,8 @@
 // Token and position embedding.
 //
 // forward   out[b,t] = wte[inp[b,t]] + wpe[t]
-// backward  dwte[v] += sum of dout[b,t] where inp[b,t] == v      dwpe[t] += sum_b(dout[b,t])
+// backward  dwte[v] += sum of dout[b,t] where inp[b,t] == v
+//           dwpe[t]  = sum_b(dout[b,t]), zero beyond T; += with accumulate
 //
 // The same token occurs at many positions. They are brought together, in ascending order, so that their gradients are
 // added in a fixed order: counting with integer atomics gives each position a place, and whatever order those of one
@@ -160,20 +161,21 @@ extern "C" __global__ void embedding_backward_wte_chunks(
     }
 }
 
-// A thread for each pack of dwpe's first T rows.
+// A thread for each pack of dwpe, with accumulate of its first T rows.
 extern "C" __global__ void embedding_backward_wpe(
     grad_t* __restrict__ dwpe,      // (maxT,C)
     const bf16* __restrict__ dout,  // (B,T,C)
-    int B, int T, int C, int maxT) {
+    int accumulate, int B, int T, int C, int maxT) {
     const long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * PACK;
     const long long row = static_cast<long long>(T) * C;
-    if (i >= row) return;
-    const Pack before = load(dwpe + i);
+    if (i >= (accumulate ? row : static_cast<long long>(maxT) * C)) return;
+    const Pack before = accumulate ? load(dwpe + i) : Pack{};
     Pack sum = {};
-    for (int b = 0; b < B; b++) {
-        const Pack p = load(dout + b * row + i);
-        for (int k = 0; k < PACK; k++) sum.x[k] += p.x[k];
-    }
+    if (i < row)
+        for (int b = 0; b < B; b++) {
+            const Pack p = load(dout + b * row + i);
+            for (int k = 0; k < PACK; k++) sum.x[k] += p.x[k];
+        }
     for (int k = 0; k < PACK; k++) sum.x[k] += before.x[k];
     store(dwpe + i, sum);
 }

@@ -5,7 +5,8 @@
 //
 // backward  with xhat = (inp - mean) * rstd and g = dout * weight
 //           dinp    += rstd * (g - sum_c(g) / C - xhat * sum_c(g * xhat) / C)
-//           dweight += sum_n(dout * xhat)      dbias += sum_n(dout)      dinp_sum += sum_n(dinp)
+//           dweight  = sum_n(dout * xhat)      dbias  = sum_n(dout)      dinp_sum  = sum_n(dinp);
+//           += with accumulate
 //
 // variants: GRAD_FP32; PACKS = 1, 2; ROW_PACKS = 1, 3, 8; WIDE
 #include <common.cuh>
@@ -185,7 +186,7 @@ extern "C" __global__ void layernorm_backward_sums(
     grad_t* __restrict__ dbias,         // (C)
     grad_t* __restrict__ dinp_sum,      // (C) or null
     const float* __restrict__ partial,  // (blocks,3,C)
-    int blocks, int C) {
+    int accumulate, int blocks, int C) {
     grad_t* const out = blockIdx.y == 0 ? dweight : blockIdx.y == 1 ? dbias : dinp_sum;
-    if (out) add_column_sums(out, partial + blockIdx.y * C, blocks, 3 * C, C);
+    if (out) add_column_sums(out, partial + blockIdx.y * C, accumulate, blocks, 3 * C, C);
 }

@@ -323,7 +323,7 @@ FAULTS = (
     ),
     *_in(
         "column_sums.cu column_sums_add",
-        ("the last block's sums lost", "partial, blocks, C", "partial, blocks - 1, C"),
+        ("the last block's sums lost", "accumulate, blocks, C", "accumulate, blocks - 1, C"),
     ),
     *_in(
         "embedding.cu embedding_forward",
@@ -367,7 +367,10 @@ FAULTS = (
     *_in(
         "embedding.cu embedding_backward_wpe",
         ("= for +=", "    for (int k = 0; k < PACK; k++) sum.x[k] += before.x[k];\n", ""),
+        ("+= for =", "accumulate ? load(dwpe + i) : Pack{}", "load(dwpe + i)"),
         ("the first batch alone", "dout + b * row + i", "dout + i"),
+        ("positions beyond T left as they are", "accumulate ? row :", "true ? row :"),
+        ("the next sequence for positions beyond T", "    if (i < row)\n", ""),
     ),
     *_in(
         "gelu.cu tanh_u",
@@ -640,7 +643,8 @@ FAULTS = (
     *_in(
         "common.cuh add_column_sums",
         ("no barrier before the warps' sums are read", "    __syncthreads();\n", ""),
-        ("= for +=", "widen(out[column]) + total", "total"),
+        ("= for +=", "accumulate ? widen(out[column]) : 0.0f", "0.0f"),
+        ("+= for =", "accumulate ? widen(out[column]) : 0.0f", "widen(out[column])"),
         ("a warp's sum lost", "warp = 0; warp < WARP", "warp = 1; warp < WARP"),
         tests="test_linear_backward and gelu",
     ),

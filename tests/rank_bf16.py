@@ -43,10 +43,9 @@ with ending_together(comm), on("forward"):
     inp, targets = (tokens[comm.rank * share :][:share].copy() for tokens in batch(CONFIG, B, T))
     results = {}
     for step in range(STEPS):
-        model.zero_grads()
-        zero.begin()
         model.forward(inp)
-        losses = model.backward(inp, targets, 1 / (B * T), on_ready=zero.when_ready(last=True))
+        on_ready = zero.when_ready(first=True, last=True)
+        losses = model.backward(inp, targets, 1 / (B * T), on_ready=on_ready, accumulate=False)
         if step == 0:
             whole = np.zeros(model.params.flat.size, F32)
             for own, part in zip(zero.owned, zero.owned_by_bucket, strict=True):

@@ -39,10 +39,9 @@ with ending_together(comm):
     results = {}
     for step in range(STEPS):
         inp, targets = loader.next()
-        model.zero_grads()
-        zero.begin()
         model.forward(inp)
-        losses = model.backward(inp, targets, 1 / (GLOBAL_BATCH * T), on_ready=zero.when_ready(last=True))
+        on_ready = zero.when_ready(first=True, last=True)
+        losses = model.backward(inp, targets, 1 / (GLOBAL_BATCH * T), on_ready=on_ready, accumulate=False)
         if step == 0:
             whole = np.zeros_like(model.params.flat)
             for own, part in zip(zero.owned, zero.owned_by_bucket, strict=True):

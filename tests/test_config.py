@@ -236,3 +236,22 @@ def test_all_faults_are_told_at_once():
 def test_accumulation(B, total_batch, accumulation):
     run = RunConfig(B=B, T=16, total_batch=total_batch)
     assert (run.accumulation(1), run.samples_per_step(1)) == (accumulation, accumulation * B)
+    assert run.accumulates(1) == (accumulation > 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "accumulates"),
+    [
+        ({"lanes": 4}, 1, False),
+        ({"lanes": 2}, 1, True),
+        ({"lanes": 2}, 2, True),
+        ({"lanes": 4}, 2, False),
+        ({}, 4, False),
+        ({"zero_stage": 1}, 2, True),
+        ({"zero_stage": 2}, 1, True),
+        ({"zero_stage": 2}, 2, False),
+    ],
+)
+def test_gradients_accumulate_where_a_lane_has_several_micro_batches_that_stay(options, world, accumulates):
+    """Four micro-batches in a step, of all ranks."""
+    assert RunConfig(B=1, T=16, total_batch=64, **options).accumulates(world) == accumulates

@@ -449,14 +449,15 @@ def test_what_is_timed_leaves_no_trace_in_what_is_computed(stand_in):
 
 @pytest.mark.parametrize("grad_dtype", [BF16, np.dtype(F32)])
 @pytest.mark.parametrize("fusion", [0, 1, 2])
-def test_the_multiplies_that_are_tuned_are_those_of_a_step(stand_in, monkeypatch, fusion, grad_dtype):
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_the_multiplies_that_are_tuned_are_those_of_a_step(stand_in, monkeypatch, accumulates, fusion, grad_dtype):
     """The model's own step, with all else left out, asks for just these."""
     monkeypatch.setattr(CUDA.linear, "gelu_fusion", fusion)
-    monkeypatch.setattr(CUDA.linear, "column_sums", SimpleNamespace(add=lambda *_: None))
+    monkeypatch.setattr(CUDA.linear, "column_sums", SimpleNamespace(add=lambda *_, **__: None))
     monkeypatch.setattr(CUDA.linear, "gelu", SimpleNamespace(forward=lambda *_: None, backward=lambda *_: None))
     asked = set()
     monkeypatch.setattr(cublaslt._Library, "run", lambda self, operation, *_: asked.add(operation))
-    left_out = SimpleNamespace(**dict.fromkeys(("forward", "backward", "forward_backward"), lambda *_: None))
+    left_out = SimpleNamespace(**dict.fromkeys(("forward", "backward", "forward_backward"), lambda *_, **__: None))
     operations = SimpleNamespace(**dict.fromkeys(CUDA.__all__, left_out))
     operations.linear = CUDA.linear
     config = GPT2Config(maxT=16, V=200, L=2, NH=2, C=128)
@@ -464,10 +465,11 @@ def test_the_multiplies_that_are_tuned_are_those_of_a_step(stand_in, monkeypatch
     model = GPT2(config, operations, dev, B=2, T=16, dtype=BF16, grad_dtype=grad_dtype)
     tokens = np.zeros((2, 16), np.int32)
     model.forward(tokens)
-    model.backward(tokens, tokens, 1.0)
+    for accumulate in (False, True) if accumulates else (False,):
+        model.backward(tokens, tokens, 1.0, accumulate=accumulate)
     dims = config.dims() | {"B": 2, "T": 16}
-    listed = CUDA.linear.multiplies(dims, grad_dtype, fusion)
-    assert len(set(listed)) == len(listed) == 15
+    listed = CUDA.linear.multiplies(dims, grad_dtype, fusion, accumulates)
+    assert len(set(listed)) == len(listed) == (20 if accumulates else 15)
     assert set(listed) == asked
 
 
@@ -504,7 +506,7 @@ def test_gelu_is_where_it_is_timed_fastest(stand_in, gelu_apart, forward, backwa
     """With the algorithms that were chosen. Where only backward gains, by what both take; where nothing does, apart."""
     fused_takes(stand_in, forward, backward)
     lines = []
-    table = CUDA.tune(DIMS, -1, BF16, {}, lines.append)
+    table = CUDA.tune(DIMS, -1, BF16, False, {}, lines.append)
     ways = {"forward": forward, "backward": backward}
     us = {name: {"apart": 4.0, "fused": pytest.approx(1 + each, abs=0.05)} for name, each in ways.items()}
     assert table["gelu_fusion"] == {"of": "4x16", "level": level, "us": us}
@@ -517,37 +519,37 @@ def test_gelu_is_where_it_is_timed_fastest(stand_in, gelu_apart, forward, backwa
         f"4.0 us: -ge {level}"
     )
     assert level_of(table) == level
-    assert {op.name for op in CUDA.linear.multiplies(DIMS, BF16, level)} <= table["algorithms"].keys()
+    assert {op.name for op in CUDA.linear.multiplies(DIMS, BF16, level, False)} <= table["algorithms"].keys()
 
 
 def test_where_gelu_is_comes_from_the_run_s_table_or_the_disk(stand_in, gelu_apart, tmp_path):
     fused_takes(stand_in, 2, 4)
-    table = CUDA.tune(DIMS, -1, BF16, {}, nothing)
+    table = CUDA.tune(DIMS, -1, BF16, False, {}, nothing)
     new_process()
     fused_takes(stand_in, 2, 2)
     stand_in.ran.clear()
-    assert CUDA.tune(DIMS, -1, BF16, {}, silent) == table
+    assert CUDA.tune(DIMS, -1, BF16, False, {}, silent) == table
     before_there_was_a_choice = {key: value for key, value in table.items() if key != "gelu_fusion"}
-    assert CUDA.tune(DIMS, -1, BF16, before_there_was_a_choice, silent) == table
+    assert CUDA.tune(DIMS, -1, BF16, False, before_there_was_a_choice, silent) == table
     for level in (0, 1, 2):
         saved = table | {"gelu_fusion": table["gelu_fusion"] | {"level": level}}
-        assert CUDA.tune(DIMS, -1, BF16, json.loads(json.dumps(saved)), silent) == saved
+        assert CUDA.tune(DIMS, -1, BF16, False, json.loads(json.dumps(saved)), silent) == saved
         assert level_of(saved) == level
     (file,) = tmp_path.glob("*.table")
     file.unlink()
-    assert CUDA.tune(DIMS, -1, BF16, table, silent) == table
+    assert CUDA.tune(DIMS, -1, BF16, False, table, silent) == table
     assert not stand_in.ran
     lines = []
-    assert level_of(CUDA.tune(DIMS, -1, BF16, before_there_was_a_choice, lines.append)) == 2
+    assert level_of(CUDA.tune(DIMS, -1, BF16, False, before_there_was_a_choice, lines.append)) == 2
     assert [line.split(":")[0] for line in lines] == ["timed GELU inside the matrix multiply"]
     new_process()
-    assert level_of(CUDA.tune(DIMS, -1, BF16, before_there_was_a_choice, silent)) == 2  # what was timed is kept
+    assert level_of(CUDA.tune(DIMS, -1, BF16, False, before_there_was_a_choice, silent)) == 2  # what was timed is kept
 
 
 @pytest.mark.parametrize("other", ["gpu", "cublaslt", "sizes"])
 def test_where_gelu_is_is_timed_anew_where_the_table_is_of_something_else(stand_in, gelu_apart, monkeypatch, other):
     fused_takes(stand_in, 2, 4)
-    old = CUDA.tune(DIMS, -1, BF16, {}, nothing)
+    old = CUDA.tune(DIMS, -1, BF16, False, {}, nothing)
     new_process()
     fused_takes(stand_in, 2, 2)
     if other == "gpu":
@@ -555,7 +557,7 @@ def test_where_gelu_is_is_timed_anew_where_the_table_is_of_something_else(stand_
     elif other == "cublaslt":
         stand_in.version = 130200
     lines = []
-    new = CUDA.tune(DIMS | {"T": 8} if other == "sizes" else DIMS, -1, BF16, old, lines.append)
+    new = CUDA.tune(DIMS | {"T": 8} if other == "sizes" else DIMS, -1, BF16, False, old, lines.append)
     assert level_of(new) == 2
     assert "-ge 2" in lines[-1]
     assert ("chosen anew, and results may differ" in lines[0]) == (other != "sizes")
@@ -564,14 +566,14 @@ def test_where_gelu_is_is_timed_anew_where_the_table_is_of_something_else(stand_
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_what_is_asked_for_is_not_timed_and_wins_over_a_table(stand_in, gelu_apart, monkeypatch, level):
     fused_takes(stand_in, 2, 4)
-    saved = CUDA.tune(DIMS, -1, BF16, {}, nothing)
+    saved = CUDA.tune(DIMS, -1, BF16, False, {}, nothing)
     assert saved["gelu_fusion"]["level"] == 1
     monkeypatch.setattr(CUDA.linear, "gelu_fusion", level)  # as `prepare` does
     stand_in.ran.clear()
-    table = CUDA.tune(DIMS, level, BF16, saved, silent)
+    table = CUDA.tune(DIMS, level, BF16, False, saved, silent)
     assert not stand_in.ran
     assert "gelu_fusion" not in table
-    assert table["algorithms"].keys() == {op.name for op in CUDA.linear.multiplies(DIMS, BF16, level)}
+    assert table["algorithms"].keys() == {op.name for op in CUDA.linear.multiplies(DIMS, BF16, level, False)}
     assert level_of(table) == level
 
 

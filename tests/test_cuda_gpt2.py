@@ -104,9 +104,10 @@ def in_float64(config, B, T, operations=None):
 
 def results(model, tokens, targets, get):
     """(logits, losses, gradients by name) of one batch, on the host."""
-    model.zero_grads()
+    for view in model.grads.views.values():
+        view.fill(np.nan)  # whatever there was before
     logits = get(model.forward(tokens))
-    losses = get(model.backward(tokens, targets, 1 / tokens.size))
+    losses = get(model.backward(tokens, targets, 1 / tokens.size, accumulate=False))
     return logits, losses, {name: get(view) for name, view in model.grads.views.items()}
 
 
@@ -182,11 +183,10 @@ def test_gradients_accumulate(twin, grad_dtype):
     first, second = batch(config, B, T, seed=1), batch(config, B, T, seed=2)
     model = on_device(twin, config, B, T, grad_dtype=grad_dtype)
     alone = [run(twin, model, *each)[2] for each in (first, second)]
-    model.zero_grads()
     for inp, targets in (first, second):
         tokens = twin.put(inp, np.int32)
         model.forward(tokens)
-        model.backward(tokens, twin.put(targets, np.int32), 1 / inp.size)
+        model.backward(tokens, twin.put(targets, np.int32), 1 / inp.size, accumulate=inp is second[0])
     for name, view in model.grads.views.items():
         a, b = (grads[name] for grads in alone)
         total = twin.get(view)

@@ -291,8 +291,8 @@ NEEDS_GCC = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missi
     [
         ({}, 2),
         ({"master_weights": False}, 2),
-        ({"total_batch": 48, "recompute": 2, "gelu_fusion": 0}, 3),
-        ({"total_batch": 64, "lanes": 2, "grad_dtype": "fp32"}, 4),
+        ({"total_batch": 48, "recompute": 2, "gelu_fusion": 0}, 4),
+        ({"total_batch": 64, "lanes": 2, "grad_dtype": "fp32"}, 5),
     ],
     ids=["plain", "-w 0", "-d 48", "--lanes 2"],
 )
@@ -463,7 +463,7 @@ def test_the_guard_skips_the_same_updates(shards, tmp_path):
 
 @pytest.mark.gpu
 def test_a_replayed_step_launches_graphs_alone_and_takes_no_memory(tmp_path, monkeypatch):
-    """Three micro-batches: a graph for the first two, one for the last, one for the update."""
+    """Three micro-batches: a graph for the first, for the second and for the last, and one for the update."""
     import cupy
 
     folder = write_shards(tmp_path / "shards", {"train_000000.bin": 3001})
@@ -494,7 +494,7 @@ def test_a_replayed_step_launches_graphs_alone_and_takes_no_memory(tmp_path, mon
         assert launched == ["scalars_total"]
         launched.clear()
         assert (pool.used_bytes(), pool.total_bytes()) == (used, total)
-    assert len(t.replay._graphs) == 3
+    assert len(t.replay._graphs) == 4
     assert all(t.replay._graphs.values())
     t.loader.close()
 

@@ -54,6 +54,15 @@ def tokens(V, *shape):
 
 
 GRAD_DTYPES = [pytest.param(BF16, id="bf16"), pytest.param(F32, id="fp32")]
+ACCUMULATE = [pytest.param(True, id="added"), pytest.param(False, id="written")]
+
+
+def gradient(twin, accumulate, dtype, *shape):
+    """A gradient before an operation, NaN where that must write it; and what the operation adds to."""
+    before = normal(*shape)
+    if accumulate:
+        return twin.put(before, dtype), rounded(before, dtype)
+    return twin.nan(*shape, dtype=dtype), np.zeros(shape)
 
 
 def test_embedding_forward(twin, sizes):
@@ -66,7 +75,8 @@ def test_embedding_forward(twin, sizes):
 
 
 @pytest.mark.parametrize("dtype", GRAD_DTYPES)
-def test_embedding_backward(twin, sizes, dtype):
+@pytest.mark.parametrize("accumulate", ACCUMULATE)
+def test_embedding_backward(twin, sizes, accumulate, dtype):
     """Tokens at one position, at as many as a chunk has, at one more, at several chunks; one that never occurs; more
     tokens than one block takes.
     """
@@ -85,16 +95,16 @@ def test_embedding_backward(twin, sizes, dtype):
     )
     for inp, C, V in cases:
         (B, T), dout = inp.shape, normal(*inp.shape, C)
-        before_e, before_p = normal(V, C), normal(T + 2, C)
-        dwte, dwpe = twin.put(before_e, dtype), twin.put(before_p, dtype)
-        CUDA.embedding.backward(dwte, dwpe, twin.put(dout), twin.put(inp, np.int32))
+        dwte, before_e = gradient(twin, True, dtype, V, C)
+        dwpe, before_p = gradient(twin, accumulate, dtype, T + 2, C)
+        CUDA.embedding.backward(dwte, dwpe, twin.put(dout), twin.put(inp, np.int32), accumulate=accumulate)
 
         def sums(dout, before_e, before_p, inp=inp):
             e, p = before_e.copy(), before_p.copy()
-            EXACT.embedding.backward(e, p, dout, inp)
+            EXACT.embedding.backward(e, p, dout, inp, accumulate=accumulate)
             return e, p
 
-        args = rounded(dout), rounded(before_e, dtype), rounded(before_p, dtype)
+        args = rounded(dout), before_e, before_p
         size_e, size_p = sums(*map(np.abs, args))
         exact_e, exact_p = sums(*args)
         most = np.bincount(inp.ravel()).max()
@@ -112,7 +122,7 @@ def test_embedding_backward_has_one_order(orders, dtype):
     for order in orders:
         with on(order) as twin:
             dwte, dwpe = twin.put(np.zeros((V, C)), dtype), twin.put(np.zeros((T, C)), dtype)
-            CUDA.embedding.backward(dwte, dwpe, twin.put(dout), twin.put(inp, np.int32))
+            CUDA.embedding.backward(dwte, dwpe, twin.put(dout), twin.put(inp, np.int32), accumulate=True)
             results.append((twin.get(dwte), twin.get(dwpe)))
     for other in results[1:]:
         for first, again in zip(results[0], other, strict=True):
@@ -169,16 +179,17 @@ LAYERNORM_BACKWARD_SIZES = (
 
 @pytest.mark.parametrize("dtype", GRAD_DTYPES)
 @pytest.mark.parametrize("with_sum", [True, False])
-def test_layernorm_backward(twin, sizes, dtype, with_sum):
+@pytest.mark.parametrize("accumulate", ACCUMULATE)
+def test_layernorm_backward(twin, sizes, accumulate, dtype, with_sum):
     for B, T, C in sizes(*LAYERNORM_BACKWARD_SIZES):
         inp, weight, dout, before_x = normal(B, T, C) * 3 + 1, normal(C) + 1, normal(B, T, C), normal(B, T, C)
-        before = [normal(C) for _ in range(3)]
+        (dweight, w0), (dbias, b0), (dsum, s0) = (gradient(twin, accumulate, dtype, C) for _ in range(3))
         mean, rstd = layernorm_statistics(rounded(inp))
         dinp = twin.put(before_x)
-        dweight, dbias, dsum = (twin.put(x, dtype) for x in before)
         CUDA.layernorm.backward(
             *(dinp, dweight, dbias, twin.put(dout), twin.put(inp), twin.put(weight)),
             *(twin.put(mean, F32), twin.put(rstd, F32), dsum if with_sum else None),
+            accumulate=accumulate,
         )
         x, w, dy, dx0 = rounded(inp), rounded(weight), rounded(dout), rounded(before_x)
         m, r = rounded(mean, F32)[..., None], rounded(rstd, F32)[..., None]
@@ -195,7 +206,6 @@ def test_layernorm_backward(twin, sizes, dtype, with_sum):
         assert_within(twin.get(dinp), exact, bound, "dinp")
 
         axes, N = (0, 1), B * T
-        w0, b0, s0 = (rounded(value, dtype) for value in before)
         exact_w, size_w = w0 + (dy * xhat).sum(axis=axes), np.abs(w0) + np.abs(dy * xhat).sum(axis=axes)
         error_w = sum_error(N + 1) * size_w + (np.abs(dy) * xhat_error).sum(axis=axes)
         assert_within(twin.get(dweight), exact_w, stored(exact_w, error_w, dtype), "dweight")
@@ -206,7 +216,7 @@ def test_layernorm_backward(twin, sizes, dtype, with_sum):
         if with_sum:
             assert_within(twin.get(dsum), exact_s, stored(exact_s, sum_error(N + 1) * size_s, dtype), "dinp_sum")
         else:
-            np.testing.assert_array_equal(twin.get(dsum), s0)
+            np.testing.assert_array_equal(twin.get(dsum), s0 if accumulate else np.nan)
 
 
 def gelu(x):
@@ -281,19 +291,21 @@ def test_linear_forward(twin, sizes, monkeypatch, kind, fusion):
 
 @pytest.mark.parametrize("dtype", GRAD_DTYPES)
 @pytest.mark.parametrize(("kind", "fusion"), [("plain", 0), ("gelu", 0), ("gelu", 2)])
-def test_linear_backward(twin, sizes, monkeypatch, kind, fusion, dtype):
+@pytest.mark.parametrize("accumulate", ACCUMULATE)
+def test_linear_backward(twin, sizes, monkeypatch, accumulate, kind, fusion, dtype):
     monkeypatch.setattr(CUDA.linear, "gelu_fusion", fusion)
     for B, T, C, OC in sizes(*LINEAR_SIZES, *[CLASSIFIER_SIZE] * (kind == "plain")):
         N = B * T
         pre, weight, dout = normal(B, T, C), normal(OC, C, scale=OC**-0.5), normal(B, T, OC)
         inp = gelu(rounded(pre)) if kind == "gelu" else pre
-        before_w, before_b = normal(OC, C), normal(C)
-        dinp, dweight, dbias = twin.nan(B, T, C), twin.put(before_w, dtype), twin.put(before_b, dtype)
+        dinp = twin.nan(B, T, C)
+        (dweight, w0), (dbias, b0) = (gradient(twin, accumulate, dtype, *shape) for shape in ((OC, C), (C,)))
         options = {"pre_gelu": twin.put(pre), "dbias_below": dbias} if kind == "gelu" else {}
-        CUDA.linear.backward(dinp, dweight, twin.put(dout), twin.put(inp), twin.put(weight), **options)
+        CUDA.linear.backward(
+            *(dinp, dweight, twin.put(dout), twin.put(inp), twin.put(weight)), **options, accumulate=accumulate
+        )
         x, p = rounded(inp).reshape(N, C), rounded(pre).reshape(N, C)
         w, dy = rounded(weight), rounded(dout).reshape(N, OC)
-        w0, b0 = rounded(before_w, dtype), rounded(before_b, dtype)
         exact, error = dy @ w, sum_error(OC) * (np.abs(dy) @ np.abs(w))
         if kind == "gelu":
             slope = gelu_slope(p)
@@ -303,8 +315,8 @@ def test_linear_backward(twin, sizes, monkeypatch, kind, fusion, dtype):
             exact = exact * slope
         assert_within(twin.get(dinp).reshape(N, C), exact, stored(exact, error, BF16), "dinp")
         product, error_w = dy.T @ x, sum_error(N + 1) * (np.abs(w0) + np.abs(dy).T @ np.abs(x))
-        # cublasLt rounds a product to bf16, if the sum is to be bf16, before it adds what was there.
-        error_w = stored(product, error_w, dtype)
+        if accumulate:  # cublasLt rounds a product to bf16, if the sum is to be bf16, before it adds what was there
+            error_w = stored(product, error_w, dtype)
         assert_within(twin.get(dweight), w0 + product, stored(w0 + product, error_w, dtype), "dweight")
         if kind == "gelu":  # the sums are those of dinp as it was stored
             after = twin.get(dinp).reshape(N, C)
@@ -331,7 +343,7 @@ TUNED_SIZES = ({"B": 1, "T": 72, "C": 64, "Vp": 384}, {"B": 2, "T": 1024, "C": 7
 def test_each_algorithm_that_may_be_chosen_computes_the_multiply(tuned_anew, dims, fusion, dtype):
     library = cublaslt._library()
     with on("gpu") as twin:
-        for op in CUDA.linear.multiplies(dims, dtype, fusion):
+        for op in CUDA.linear.multiplies(dims, dtype, fusion, accumulates=True):
             K, has_gelu = op.K, op.epilogue == "GELU_AUX_BIAS"
             a, b = normal(op.M, K), normal(K, op.N, scale=K**-0.5)
             add, bias, aux = normal(op.M, op.N), normal(op.N), normal(op.M, op.N)
@@ -394,12 +406,16 @@ def test_a_table_gives_the_same_bits_and_the_cache_spares_the_search(tuned_anew,
             twin.put(np.cos(np.arange(math.prod(s))).reshape(s)) for s in ((N, C), (4 * C, C), (4 * C,))
         )
         CUDA.linear.forward(out, inp, weight, bias, pre_gelu=pre)
-        CUDA.linear.backward(dpre, dweight, inp, out, weight.reshape(C, 4 * C), pre_gelu=pre)
-        return [twin.get(array) for array in (out, pre, dpre, dweight)]
+        results = [twin.get(out), twin.get(pre)]
+        for accumulate in (False, True):
+            operands = dpre, dweight, inp, out, weight.reshape(C, 4 * C)
+            CUDA.linear.backward(*operands, pre_gelu=pre, accumulate=accumulate)
+            results += [twin.get(dpre), twin.get(dweight)]
+        return results
 
     with on("gpu") as twin:
-        table = CUDA.tune(dims, fusion, BF16, {}, lines.append)
-        assert len(table["algorithms"]) == (17 if fusion == -1 else 15)
+        table = CUDA.tune(dims, fusion, BF16, True, {}, lines.append)
+        assert len(table["algorithms"]) == (22 if fusion == -1 else 20)
         assert [line.startswith("timed ") for line in lines] == [True] * (2 if fusion == -1 else 1)
         CUDA.use_tuning(table)
         chosen = CUDA.linear.gelu_fusion
@@ -408,7 +424,7 @@ def test_a_table_gives_the_same_bits_and_the_cache_spares_the_search(tuned_anew,
         monkeypatch.setattr(cublaslt._Library, "fastest", lambda self, op: pytest.fail(f"timed {op.name} again"))
         for saved in ({}, table):
             CUDA.linear.gelu_fusion = 0 if fusion == 0 else (chosen + 1) % 3
-            assert CUDA.tune(dims, fusion, BF16, saved, pytest.fail) == table
+            assert CUDA.tune(dims, fusion, BF16, True, saved, pytest.fail) == table
             CUDA.use_tuning(table)
             assert CUDA.linear.gelu_fusion == chosen
             for array, again in zip(first, products(twin), strict=True):
@@ -419,7 +435,7 @@ def test_a_table_gives_the_same_bits_and_the_cache_spares_the_search(tuned_anew,
 @pytest.mark.parametrize("dims", TUNED_SIZES, ids=lambda dims: f"C={dims['C']}")
 def test_where_gelu_is_follows_from_what_was_timed(tuned_anew, dims):
     with on("gpu"):
-        found = CUDA.tune(dims, -1, BF16, {}, print)["gelu_fusion"]
+        found = CUDA.tune(dims, -1, BF16, False, {}, print)["gelu_fusion"]
     forward, backward = found["us"]["forward"], found["us"]["backward"]
     assert all(us > 0 for us in (*forward.values(), *backward.values()))
     by_level = [
@@ -537,9 +553,11 @@ def test_attention(twin, sizes, monkeypatch, for_hopper):
 
         dqkv = twin.nan(B, T, 3 * C)
         device_lse = among_nan(twin, twin.get(lse), F32)
-        b0 = rounded(normal(3 * C), F32)
-        dbias = twin.put(b0, F32)
-        CUDA.attention.backward(dqkv, among_nan(twin, dout), device_qkv, out, device_lse, dbias)
+        accumulate = HS < 128  # one way or the other, with and without Hopper's kernels
+        dbias, b0 = gradient(twin, accumulate, F32, 3 * C)
+        CUDA.attention.backward(
+            *(dqkv, among_nan(twin, dout), device_qkv, out, device_lse, dbias), accumulate=accumulate
+        )
         exact_dqkv, bound = exact.backward(rounded(dout), twin.get(out), twin.get(lse))
         assert_within(twin.get(dqkv), exact_dqkv, bound, f"dqkv {B, T, NH, HS}")
         after = twin.get(dqkv).reshape(B * T, 3 * C)  # the sums are those of dqkv as it was stored
@@ -555,7 +573,7 @@ def test_attention_in_float64_is_the_specification():
     qkv, dout = normal(B, T, 3 * NH * HS), normal(B, T, NH * HS)
     out, lse, dqkv, dbias = np.empty_like(dout), np.empty((B, NH, T)), np.empty_like(qkv), np.zeros(3 * NH * HS)
     EXACT.attention.forward(out, lse, qkv)
-    EXACT.attention.backward(dqkv, dout, qkv, out, lse, dbias)
+    EXACT.attention.backward(dqkv, dout, qkv, out, lse, dbias, accumulate=False)
     exact = Attention(qkv, NH)
     again, _, lse_again, _ = exact.forward()
     np.testing.assert_allclose(again, out, rtol=1e-10, atol=1e-13)

@@ -1,7 +1,6 @@
 """Every numpy operation: backward against the complex step, and what its contract says of = and +=."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +21,12 @@ def tokens(V: int, *shape: int) -> np.ndarray:
     return RNG.integers(0, V, shape).astype(np.int32)
 
 
+def gradient(accumulate: bool, *shape: int) -> tuple[np.ndarray, np.ndarray]:
+    """A gradient before an operation, NaN where that must write it; and what the operation adds to."""
+    before = normal(*shape)
+    return (before.copy(), before) if accumulate else (np.full(shape, np.nan), np.zeros(shape))
+
+
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Several blocks even at test sizes, so that their borders are tested."""
@@ -30,7 +35,8 @@ def _small_blocks(monkeypatch):
         monkeypatch.setattr(parallel, name, value)
 
 
-def test_embedding():
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_embedding(accumulate):
     B, T, C, V = 3, 5, 4, 6
     inp, wte, wpe, dout = tokens(V, B, T), normal(V, C), normal(8, C), normal(B, T, C)
 
@@ -40,14 +46,14 @@ def test_embedding():
         OPS.embedding.forward(out, inp, wte.astype(dtype), wpe.astype(dtype))
         return (out * dout).sum()
 
-    before_e, before_p = normal(V, C), normal(8, C)
-    dwte, dwpe = before_e.copy(), before_p.copy()
-    OPS.embedding.backward(dwte, dwpe, dout, inp)
+    (dwte, before_e), (dwpe, before_p) = gradient(True, V, C), gradient(accumulate, 8, C)
+    OPS.embedding.backward(dwte, dwpe, dout, inp, accumulate=accumulate)
     assert_gradient(dwte - before_e, complex_step(lambda z: loss(z, wpe), wte), "wte")
     assert_gradient(dwpe - before_p, complex_step(lambda z: loss(wte, z), wpe), "wpe")
 
 
-def test_layernorm():
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_layernorm(accumulate):
     B, T, C = 2, 5, 6
     inp, weight, bias, dout = normal(B, T, C), normal(C), normal(C), normal(B, T, C)
 
@@ -61,19 +67,20 @@ def test_layernorm():
         return (forward(inp, weight, bias)[0] * dout).sum()
 
     _, mean, rstd = forward(inp, weight, bias)
-    before = SimpleNamespace(inp=normal(B, T, C), weight=normal(C), bias=normal(C), sum=normal(C))
-    dinp, dweight, dbias, dsum = (x.copy() for x in vars(before).values())
-    OPS.layernorm.backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, dsum)
-    assert_gradient(dinp - before.inp, complex_step(lambda z: loss(z, weight, bias), inp), "inp")
-    assert_gradient(dweight - before.weight, complex_step(lambda z: loss(inp, z, bias), weight), "weight")
-    assert_gradient(dbias - before.bias, complex_step(lambda z: loss(inp, weight, z), bias), "bias")
-    np.testing.assert_allclose(dsum - before.sum, dinp.sum(axis=(0, 1)), rtol=1e-12, atol=1e-12)
+    dinp, before_x = gradient(True, B, T, C)
+    (dweight, before_w), (dbias, before_b), (dsum, before_s) = (gradient(accumulate, C) for _ in range(3))
+    OPS.layernorm.backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, dsum, accumulate=accumulate)
+    assert_gradient(dinp - before_x, complex_step(lambda z: loss(z, weight, bias), inp), "inp")
+    assert_gradient(dweight - before_w, complex_step(lambda z: loss(inp, z, bias), weight), "weight")
+    assert_gradient(dbias - before_b, complex_step(lambda z: loss(inp, weight, z), bias), "bias")
+    np.testing.assert_allclose(dsum - before_s, dinp.sum(axis=(0, 1)), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("accumulate", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("with_gelu", [True, False])
-def test_linear(with_bias, with_residual, with_gelu):
+def test_linear(with_bias, with_residual, with_gelu, accumulate):
     """A linear layer whose input was gelu(pre) if with_gelu, and whose output goes through GELU if with_gelu too."""
     B, T, C, OC = 2, 5, 4, 6
     pre, weight, dout = normal(B, T, C), normal(OC, C), normal(B, T, OC)
@@ -98,11 +105,11 @@ def test_linear(with_bias, with_residual, with_gelu):
     def loss(pre, weight, bias):
         return (forward(pre, weight, bias) * dout).sum()
 
-    before_w, before_b = normal(OC, C), normal(C)
-    dinp, dweight, dbias = np.full((B, T, C), np.nan), before_w.copy(), before_b.copy()
+    dinp = np.full((B, T, C), np.nan)
+    (dweight, before_w), (dbias, before_b) = gradient(accumulate, OC, C), gradient(accumulate, C)
     inp = gelu(pre) if with_gelu else pre
     options = {"pre_gelu": pre, "dbias_below": dbias} if with_gelu else {}
-    OPS.linear.backward(dinp, dweight, dout, inp, weight, **options)
+    OPS.linear.backward(dinp, dweight, dout, inp, weight, **options, accumulate=accumulate)
     assert_gradient(dinp, complex_step(lambda z: loss(z, weight, bias), pre), "inp")
     assert_gradient(dweight - before_w, complex_step(lambda z: loss(pre, z, bias), weight), "weight")
     if with_gelu:  # that of the layer below is a part of pre
@@ -130,8 +137,9 @@ def test_gelu():
     assert (np.abs(out.ravel() - expected) <= 2**-52 * np.abs(x.ravel())).all()
 
 
+@pytest.mark.parametrize("accumulate", [True, False])
 @pytest.mark.parametrize("T", [1, 3, 7])
-def test_attention(T):
+def test_attention(T, accumulate):
     B, NH, HS = 2, 2, 3
     C = NH * HS
     qkv, dout = normal(B, T, 3 * C), normal(B, T, C)
@@ -142,9 +150,8 @@ def test_attention(T):
         return out, lse
 
     out, lse = forward(qkv)
-    dqkv, before = np.full_like(qkv, np.nan), normal(3 * C)
-    dbias = before.copy()
-    OPS.attention.backward(dqkv, dout, qkv, out, lse, dbias)
+    dqkv, (dbias, before) = np.full_like(qkv, np.nan), gradient(accumulate, 3 * C)
+    OPS.attention.backward(dqkv, dout, qkv, out, lse, dbias, accumulate=accumulate)
     assert_gradient(dqkv, complex_step(lambda z: (forward(z)[0] * dout).sum(), qkv))
     assert_gradient(dbias - before, complex_step(lambda z: (forward(qkv + z)[0] * dout).sum(), np.zeros(3 * C)), "bias")
 

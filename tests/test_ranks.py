@@ -212,7 +212,9 @@ def test_accumulation_on_several_ranks(stage, shards_dir, tmp_path):
     trained(1, *data(shards_dir), "-o", tmp_path / "one")
     assert run(2, *OPTIONS, *data(shards_dir), "-b", 4, "-o", tmp_path / "many", "-z", stage).code == 0
     one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
-    assert many[0, "train"] == pytest.approx(one[0, "train"], rel=1e-6)
+    assert one.keys() == many.keys()
+    for key, loss in one.items():
+        assert many[key] == pytest.approx(loss, rel=1e-4), key  # 8 steps of Adam on float32 gradients
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(shards_dir, tmp_path):

@@ -21,8 +21,8 @@ DETERMINISTIC = "SDPA flash, deterministic"
 def peers(call: Call) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """({name: what does the same, and returns its results}, {name: why PyTorch can't do that here}).
 
-    Of a linear layer the bare products, without bias, GELU, residual, or the gradient that is added to. The gradients
-    of q, k and v stay apart, as PyTorch leaves them. Results go into the call's own arrays where PyTorch lets them.
+    Of a linear layer the bare products, without bias, GELU or residual. The gradients of q, k and v stay apart, as
+    PyTorch leaves them. Results go into the call's own arrays where PyTorch lets them.
     """
     if call.name == "linear.forward":
         out, inp, weight = (matrix(call.arrays[n]) for n in range(3))

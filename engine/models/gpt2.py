@@ -181,10 +181,10 @@ def initialize(config: GPT2Config, params: dict[str, np.ndarray], seed: int) -> 
 class GPT2:
     """Parameters, gradients and activations in device memory, and the two passes over them.
 
-    params: arena of the parameter table, whose buckets divide into `shares` parts. lanes: arenas like it for gradients,
-    which accumulate over backward calls until `zero_grads`; grads is the first, and most runs have no other. They are
-    of grad_dtype, if that is given, else of dtype, as the activations are. With grad_slots=slots_by_turns on_ready must
-    take a bucket's gradients away, and leave zeros, before it returns for the bucket after it.
+    params: arena of the parameter table, whose buckets divide into `shares` parts. lanes: arenas like it for gradients;
+    grads is the first, and most runs have no other. They are of grad_dtype, if that is given, else of dtype, as the
+    activations are. With grad_slots=slots_by_turns nothing can accumulate: on_ready must take a bucket's gradients away
+    before it returns for the bucket after it, and leave zeros, for where one bucket has gradients another has padding.
     on_need(bucket) is called before forward reads the parameters of a bucket, first layer first.
     """
 
@@ -222,10 +222,6 @@ class GPT2:
         self._p, self._g = self._by_layer(self.params.views), [self._by_layer(lane.views) for lane in self.lanes]
         self._a: dict[tuple[int, int], SimpleNamespace] = {}
 
-    def zero_grads(self) -> None:
-        for lane in self.lanes:
-            lane.flat.fill(0)
-
     def forward(self, inp: Array) -> Array:
         """logits (B,T,Vp) of the tokens inp (B,T) int32; everything that backward needs is kept."""
         ops, p, a = self.ops, self._p, self._activations(inp.shape)
@@ -253,22 +249,27 @@ class GPT2:
         dloss: float,
         lane: int = 0,
         on_ready: Callable[[int], None] = lambda bucket: None,
+        *,
+        accumulate: bool,
     ) -> Array:
-        """lanes[lane] += dloss * the gradient of the summed losses of the last forward, of inp. Returns losses (B,T).
+        """lanes[lane] = dloss * the gradient of the summed losses of the last forward, of inp; += with accumulate.
 
-        on_ready(bucket) is called as soon as the gradients of a bucket are finished, last layer first.
+        Returns losses (B,T). on_ready(bucket) is called as soon as the gradients of a bucket are finished, last layer
+        first.
         """
         ops, p, g, a = self.ops, self._p, self._g[lane], self._activations(inp.shape)
         ops.classifier.forward_backward(a.losses, a.logits, targets, self.config.V, dloss)
-        ops.linear.backward(a.dbranch, g.wte, a.logits, a.lnf, p.wte)
+        ops.linear.backward(a.dbranch, g.wte, a.logits, a.lnf, p.wte, accumulate=accumulate)
         a.dx.fill(0)
-        x = a.h[-1].out
-        ops.layernorm.backward(a.dx, g.lnfw, g.lnfb, a.dbranch, x, p.lnfw, a.lnf_mean, a.lnf_rstd, g.h[-1].fcprojb)
+        x, dbias_below = a.h[-1].out, g.h[-1].fcprojb
+        ops.layernorm.backward(
+            *(a.dx, g.lnfw, g.lnfb, a.dbranch, x, p.lnfw, a.lnf_mean, a.lnf_rstd, dbias_below), accumulate=accumulate
+        )
         for layer in reversed(range(self.config.L)):
             x, dbias_below = (a.h[layer - 1].out, g.h[layer - 1].fcprojb) if layer else (a.encoded, None)
-            self._block_backward(a, p.h[layer], g.h[layer], x, a.h[layer], dbias_below)
+            self._block_backward(a, p.h[layer], g.h[layer], x, a.h[layer], dbias_below, accumulate)
             on_ready(layer + 1)
-        ops.embedding.backward(g.wte, g.wpe, a.dx, inp)
+        ops.embedding.backward(g.wte, g.wpe, a.dx, inp, accumulate=accumulate)
         on_ready(0)
         return a.losses
 
@@ -292,6 +293,7 @@ class GPT2:
         x: Array,
         a: SimpleNamespace,
         dbias_below: Array | None,
+        accumulate: bool,
     ) -> None:
         """s.dx: the gradient of a.out on entry, of x on return. s holds the gradients that no layer keeps.
 
@@ -304,16 +306,22 @@ class GPT2:
             ops.gelu.forward(a.gelu, a.fc)
         if self.recompute >= 2:
             ops.layernorm.forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.mid, p.ln2w, p.ln2b)
-        ops.linear.backward(s.dfc, g.fcprojw, s.dx, a.gelu, p.fcprojw, pre_gelu=a.fc, dbias_below=g.fcb)
-        ops.linear.backward(s.dbranch, g.fcw, s.dfc, a.ln2, p.fcw)
-        ops.layernorm.backward(s.dx, g.ln2w, g.ln2b, s.dbranch, a.mid, p.ln2w, a.ln2_mean, a.ln2_rstd, g.attprojb)
+        ops.linear.backward(
+            *(s.dfc, g.fcprojw, s.dx, a.gelu, p.fcprojw), pre_gelu=a.fc, dbias_below=g.fcb, accumulate=accumulate
+        )
+        ops.linear.backward(s.dbranch, g.fcw, s.dfc, a.ln2, p.fcw, accumulate=accumulate)
+        ops.layernorm.backward(
+            *(s.dx, g.ln2w, g.ln2b, s.dbranch, a.mid, p.ln2w, a.ln2_mean, a.ln2_rstd, g.attprojb), accumulate=accumulate
+        )
 
         if self.recompute >= 2:
             ops.layernorm.forward(a.ln1, a.ln1_mean, a.ln1_rstd, x, p.ln1w, p.ln1b)
-        ops.linear.backward(s.dbranch, g.attprojw, s.dx, a.att, p.attprojw)
-        ops.attention.backward(s.dqkv, s.dbranch, a.qkv, a.att, a.lse, g.qkvb)
-        ops.linear.backward(s.dbranch, g.qkvw, s.dqkv, a.ln1, p.qkvw)
-        ops.layernorm.backward(s.dx, g.ln1w, g.ln1b, s.dbranch, x, p.ln1w, a.ln1_mean, a.ln1_rstd, dbias_below)
+        ops.linear.backward(s.dbranch, g.attprojw, s.dx, a.att, p.attprojw, accumulate=accumulate)
+        ops.attention.backward(s.dqkv, s.dbranch, a.qkv, a.att, a.lse, g.qkvb, accumulate=accumulate)
+        ops.linear.backward(s.dbranch, g.qkvw, s.dqkv, a.ln1, p.qkvw, accumulate=accumulate)
+        ops.layernorm.backward(
+            *(s.dx, g.ln1w, g.ln1b, s.dbranch, x, p.ln1w, a.ln1_mean, a.ln1_rstd, dbias_below), accumulate=accumulate
+        )
 
     def _activations(self, shape: tuple[int, int]) -> SimpleNamespace:
         """Views of the activation arena for micro-batches of this shape (B,T), no larger than the declared one."""

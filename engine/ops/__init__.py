@@ -5,8 +5,8 @@ order and meaning. Every operation is a module with its forward and backward sid
 
 What every operation promises:
 - Outputs come first, then inputs, then what forward saved, then options. The gradient of `x` is `dx`.
-- `=` or `+=` is part of the contract: gradients of parameters and of the residual stream accumulate (`+=`), other
-  outputs are overwritten (`=`) or, where a docstring says so, changed in place.
+- `=` or `+=` is part of the contract: the gradient of the residual stream is added to (`+=`), those of parameters are
+  with `accumulate`, other outputs are overwritten (`=`) or, where a docstring says so, changed in place.
 - A device's package also says what it can't run (`unsupported`), what it takes (`scratch_bytes`), can get ready
   (`prepare`), and can choose by timing how it computes (`tune`), which a run keeps to (`use_tuning`).
 - Arrays are C-contiguous and allocated by the caller. Scratch memory belongs to the implementation.

@@ -100,15 +100,20 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
 
 
 def tune(
-    dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any, saved: Mapping[str, Any], say: Callable[[str], None]
+    dims: Mapping[str, int],
+    gelu_fusion: int,
+    grad_dtype: Any,
+    accumulates: bool,
+    saved: Mapping[str, Any],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Algorithms for the matrix multiplies of a step's micro-batches, and with gelu_fusion -1 which of them GELU is
     inside of. Those of samples, of which there are few, and of a validation's last batch take cublasLt's first
     proposal. Before the arrays of a run are made: there is room.
     """
     if gelu_fusion != -1:
-        return cublaslt.tune(linear.multiplies(dims, grad_dtype, gelu_fusion), saved, say)
-    apart, fused = (linear.multiplies(dims, grad_dtype, level) for level in (0, 2))
+        return cublaslt.tune(linear.multiplies(dims, grad_dtype, gelu_fusion, accumulates), saved, say)
+    apart, fused = (linear.multiplies(dims, grad_dtype, level, accumulates) for level in (0, 2))
 
     def choose() -> dict[str, Any]:
         record = linear.time_fusion(dims)

@@ -32,7 +32,7 @@ def forward(out: Array, lse: Array, qkv: Array) -> None:
         _launch("forward", B, NH, T, HS, out, lse, qkv)
 
 
-def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias: Array) -> None:
+def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias: Array, *, accumulate: bool) -> None:
     (B, NH, T), HS = lse.shape, out.shape[-1] // lse.shape[1]
     count = blocks(T, ROWS)
     D, partial = scratch((lse.shape, np.float32), ((B * count, 3 * NH * HS), np.float32))
@@ -40,7 +40,7 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias
         maps = tensor_map.rows(dout, B, T, NH * HS), tensor_map.rows(qkv, B, T, 3 * NH * HS)
         _launch_hopper("backward_q", B, NH, T, HS, dqkv, partial, D, *maps, out, lse, count)
         _launch_hopper("backward_kv", B, NH, T, HS, dqkv, partial, *maps, lse, D, count)
-        column_sums.add_partial(dbias, partial)
+        column_sums.add_partial(dbias, partial, accumulate=accumulate)
         return
     kernels.launch(
         "attention",
@@ -52,7 +52,7 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias
     )
     _launch("backward_kv", B, NH, T, HS, dqkv, dout, qkv, lse, D)
     _launch("backward_q", B, NH, T, HS, dqkv, dout, qkv, lse, D)
-    column_sums.add(dbias, dqkv)
+    column_sums.add(dbias, dqkv, accumulate=accumulate)
 
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:

@@ -14,7 +14,7 @@ MOST_BLOCKS = 128  # of rows, in the sums over them
 FEWEST_ROWS = 32  # of a block
 
 
-def add(out: Array, x: Array) -> None:
+def add(out: Array, x: Array, *, accumulate: bool) -> None:
     C = out.size
     N = x.size // C
     rows, count = share_out(N, MOST_BLOCKS, FEWEST_ROWS)
@@ -27,17 +27,17 @@ def add(out: Array, x: Array) -> None:
         *(partial, x, rows, count, N, C),
         defines=kernels.grad_variant(out.dtype),
     )
-    add_partial(out, partial)
+    add_partial(out, partial, accumulate=accumulate)
 
 
-def add_partial(out: Array, partial: Array) -> None:
-    """out (C) += the sums of the columns of partial (rows,C) fp32, in the order of the rows."""
+def add_partial(out: Array, partial: Array, *, accumulate: bool) -> None:
+    """out (C) = the sums of the columns of partial (rows,C) fp32, in the order of the rows; += with accumulate."""
     kernels.launch(
         "column_sums",
         "column_sums_add",
         (blocks(out.size, 32),),
         (32, 32),
-        *(out, partial, len(partial), out.size),
+        *(out, partial, accumulate, len(partial), out.size),
         defines=kernels.grad_variant(out.dtype),
     )
 

@@ -19,7 +19,7 @@ def forward(out: Array, inp: Array, wte: Array, wpe: Array) -> None:
     kernels.launch("embedding", "embedding_forward", grid, (256,), out, inp, wte, wpe, B, T, C, Vp, maxT)
 
 
-def backward(dwte: Array, dwpe: Array, dout: Array, inp: Array) -> None:
+def backward(dwte: Array, dwpe: Array, dout: Array, inp: Array, *, accumulate: bool) -> None:
     (B, T), (Vp, C), maxT, N = inp.shape, dwte.shape, len(dwpe), inp.size
     rows = _rows_of_partial(N)
     count, start, arrival, unsorted, ordered, partial = scratch(
@@ -54,9 +54,9 @@ def backward(dwte: Array, dwpe: Array, dout: Array, inp: Array) -> None:
     kernels.launch(
         "embedding",
         "embedding_backward_wpe",
-        (blocks(T * C, 256 * 8),),
+        (blocks((T if accumulate else maxT) * C, 256 * 8),),
         (256,),
-        *(dwpe, dout, B, T, C, maxT),
+        *(dwpe, dout, accumulate, B, T, C, maxT),
         defines=defines,
     )
 

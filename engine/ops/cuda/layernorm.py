@@ -38,6 +38,8 @@ def backward(
     mean: Array,
     rstd: Array,
     dinp_sum: Array | None = None,
+    *,
+    accumulate: bool,
 ) -> None:
     N, C = mean.size, weight.size
     rows, count = share_out(N, MOST_BLOCKS, FEWEST_ROWS)
@@ -58,7 +60,7 @@ def backward(
         "layernorm_backward_sums",
         (blocks(C, 32), 3),
         (32, 32),
-        *(dweight, dbias, dinp_sum, partial, count, C),
+        *(dweight, dbias, dinp_sum, partial, accumulate, count, C),
         defines=defines,
     )
 

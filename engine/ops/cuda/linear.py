@@ -44,6 +44,7 @@ def backward(
     *,
     pre_gelu: Array | None = None,
     dbias_below: Array | None = None,
+    accumulate: bool,
 ) -> None:
     dout, dx, x = _rows(dout), _rows(dinp), _rows(inp)
     if pre_gelu is None:
@@ -51,8 +52,8 @@ def backward(
     else:
         _gradient_through_gelu(dx, dout, weight, _rows(pre_gelu), fused=gelu_fusion >= 2)
     if dbias_below is not None:
-        column_sums.add(dbias_below, dinp)
-    cublaslt.matmul(dweight, dout, x, transpose_a=True, add=dweight)
+        column_sums.add(dbias_below, dinp, accumulate=accumulate)
+    cublaslt.matmul(dweight, dout, x, transpose_a=True, add=dweight if accumulate else None)
 
 
 def _gelu_of_product(out: Array, pre: Array, inp: Array, weight: Array, bias: Array | None, *, fused: bool) -> None:
@@ -94,9 +95,11 @@ def time_fusion(dims: Mapping[str, int]) -> dict[str, Any]:
     return {"level": 2 if both else wins["forward"], "us": us}
 
 
-def multiplies(dims: Mapping[str, int], grad_dtype: Any, gelu_fusion: int) -> list[cublaslt.Operation]:
+def multiplies(
+    dims: Mapping[str, int], grad_dtype: Any, gelu_fusion: int, accumulates: bool
+) -> list[cublaslt.Operation]:
     """Those of a training step, as forward and backward ask for them with this gelu_fusion, of a block's four layers
-    and the classifier.
+    and the classifier. accumulates: whether some micro-batches do.
     """
     N, C = dims["B"] * dims["T"], dims["C"]
     gelu_bias, dgelu = "GELU_AUX_BIAS" if gelu_fusion >= 1 else "BIAS", "DGELU" if gelu_fusion >= 2 else "DEFAULT"
@@ -111,7 +114,10 @@ def multiplies(dims: Mapping[str, int], grad_dtype: Any, gelu_fusion: int) -> li
         found += [
             cublaslt.Operation(N, OC, IC, False, True, kernels.BF16, residual, epilogue),
             cublaslt.Operation(N, IC, OC, False, False, kernels.BF16, False, before),
-            cublaslt.Operation(OC, IC, N, True, False, np.dtype(grad_dtype), True, "DEFAULT"),
+            *(
+                cublaslt.Operation(OC, IC, N, True, False, np.dtype(grad_dtype), accumulate, "DEFAULT")
+                for accumulate in ((False, True) if accumulates else (False,))
+            ),
         ]
     return found
 

@@ -57,11 +57,16 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
 
 
 def tune(
-    dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any, saved: Mapping[str, Any], say: Callable[[str], None]
+    dims: Mapping[str, int],
+    gelu_fusion: int,
+    grad_dtype: Any,
+    accumulates: bool,
+    saved: Mapping[str, Any],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """What this device chose by timing for a training step, after `prepare` for the same: a table as JSON can hold it,
-    empty where there is no choice. `saved`: such a table that a run has used before, which is kept to where it is good
-    here.
+    empty where there is no choice. accumulates: whether some micro-batches' gradients are added to those of others.
+    `saved`: such a table that a run has used before, which is kept to where it is good here.
     """
     return {}
 

@@ -5,13 +5,13 @@ forward   mean = sum_c(inp) / C      rstd = 1 / sqrt(sum_c((inp - mean)^2) / C +
 
 backward  with xhat = (inp - mean) * rstd and g = dout * weight
           dinp    += rstd * (g - sum_c(g) / C - xhat * sum_c(g * xhat) / C)
-          dweight += sum_n(dout * xhat)      dbias += sum_n(dout)
+          dweight  = sum_n(dout * xhat)      dbias  = sum_n(dout)      (+= with accumulate)
 """
 
 import numpy as np
 
 from engine.ops.numpy.parallel import column_sums, for_each_block
-from engine.ops.numpy.scratch import rows, scratch
+from engine.ops.numpy.scratch import rows, scratch, write
 
 EPS = 1e-5  # GPT-2's
 
@@ -51,12 +51,14 @@ def backward(
     mean: np.ndarray,
     rstd: np.ndarray,
     dinp_sum: np.ndarray | None = None,
+    *,
+    accumulate: bool,
 ) -> None:
-    """dinp (B,T,C) +=, dweight (C) +=, dbias (C) +=.
+    """dinp (B,T,C) +=, dweight (C) =, dbias (C) =.
 
-    dinp is the residual stream's gradient: what has come down the skip connection is already in it. dinp_sum (C) +=,
-    if given, receives the column sums of the finished dinp: the bias gradient of the projection that wrote inp,
-    for the price of no extra pass over memory.
+    dinp is the residual stream's gradient: what has come down the skip connection is already in it. dinp_sum (C) =,
+    if given, receives the column sums of the finished dinp: the bias gradient of the projection that wrote inp, for the
+    price of no extra pass over memory. With accumulate, dweight, dbias and dinp_sum +=.
     """
     dinp, dout, inp = rows(dinp), rows(dout), rows(inp)
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
@@ -79,7 +81,7 @@ def backward(
         return tuple(sums)
 
     dweight_part, dbias_part, *dinp_part = column_sums(denormalize, N, C)
-    dweight += dweight_part
-    dbias += dbias_part
+    write(dweight, dweight_part, accumulate)
+    write(dbias, dbias_part, accumulate)
     if dinp_sum is not None:
-        dinp_sum += dinp_part[0]
+        write(dinp_sum, dinp_part[0], accumulate)

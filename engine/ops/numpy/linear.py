@@ -5,7 +5,7 @@ forward   out = inp @ weight^T + bias                       (weight is (OC,C), a
           pre_gelu = inp @ weight^T + bias, out = gelu(pre_gelu)      with pre_gelu
 
 backward  dinp     = dout @ weight                          (times gelu'(pre_gelu) where inp was gelu(pre_gelu))
-          dweight += dout^T @ inp
+          dweight  = dout^T @ inp                           (+= with accumulate)
 
 The gradient of a bias is sum_n(dout). Whoever makes dout adds up its columns along with it: layernorm.backward those of
 its dinp, attention.backward those of dqkv, and backward here those of dinp, for the layer below.
@@ -58,11 +58,13 @@ def backward(
     *,
     pre_gelu: np.ndarray | None = None,
     dbias_below: np.ndarray | None = None,
+    accumulate: bool,
 ) -> None:
-    """dinp (B,T,C) =, dweight (OC,C) +=; dout (B,T,OC), inp (B,T,C) as forward saw it.
+    """dinp (B,T,C) =, dweight (OC,C) =; dout (B,T,OC), inp (B,T,C) as forward saw it.
 
-    With pre_gelu (B,T,C), inp was gelu(pre_gelu), and dinp is the gradient of pre_gelu. dbias_below (C) +=, which may
-    be given then, receives the column sums of dinp: the bias gradient of the layer whose output pre_gelu was.
+    With pre_gelu (B,T,C), inp was gelu(pre_gelu), and dinp is the gradient of pre_gelu. dbias_below (C) =, which may
+    be given then, receives the column sums of dinp: the bias gradient of the layer whose output pre_gelu was. With
+    accumulate, dweight and dbias_below +=.
     """
     dout, dx, x = rows(dout), rows(dinp), rows(inp)
     pre = None if pre_gelu is None else rows(pre_gelu)
@@ -74,11 +76,14 @@ def backward(
 
     def weight_gradient(block: slice) -> None:
         dy = dout[:, block]
-        dweight[block] += np.matmul(dy.T, x, out=scratch("linear.dweight", dweight[block].shape, x.dtype))
+        if accumulate:
+            dweight[block] += np.matmul(dy.T, x, out=scratch("linear.dweight", dweight[block].shape, x.dtype))
+        else:
+            np.matmul(dy.T, x, out=dweight[block])
 
     run(
         [partial(input_gradient, block) for block in matmul_blocks(len(dx))]
         + [partial(weight_gradient, block) for block in matmul_blocks(len(dweight))]
     )
     if dbias_below is not None:
-        column_sums.add(dbias_below, dinp)
+        column_sums.add(dbias_below, dinp, accumulate=accumulate)

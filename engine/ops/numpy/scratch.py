@@ -1,4 +1,4 @@
-"""Scratch arrays, and the matrix view of an activation."""
+"""Scratch arrays, the matrix view of an activation, and = or += by an option."""
 
 import math
 import threading
@@ -22,3 +22,11 @@ def rows(x: np.ndarray) -> np.ndarray:
     """x as a matrix (N, last dimension): a view, never a copy that writes would miss."""
     assert x.flags.c_contiguous
     return x.reshape(-1, x.shape[-1])
+
+
+def write(out: np.ndarray, value: np.ndarray, accumulate: bool) -> None:
+    """out = value, += with accumulate."""
+    if accumulate:
+        out += value
+    else:
+        out[...] = value
