@@ -240,6 +240,8 @@ def measure(
     found["held"] = held(t)
     found["taken"] = taken if dev.WORKS_ALONE else None  # on CPUs other programs take some too
     found["tokens_per_second"] = run.samples_per_step(comm.world) * run.T / found["seconds"]
+    if run.carrier == "copies":
+        comm.forget()  # type: ignore[attr-defined]  # before the memory that others have opened is given back
     t = zero = None  # type: ignore[assignment]
     release(dev)
     return found
@@ -266,15 +268,16 @@ def name_of(run: RunConfig) -> str:
     parts = [f"-z {run.zero_stage}", f"--reduce {run.reduce}" * (run.reduce != "owner"), f"--lanes {run.lanes}"]
     accumulated = f"-d {run.total_batch}" * (run.total_batch != -1)
     graph = f"--cuda-graph {run.cuda_graph}" * (run.cuda_graph != "off")
-    return " ".join(part for part in (*parts[: 3 if run.lanes else 2], accumulated, graph) if part)
+    carrier = f"--carrier {run.carrier}" * (run.carrier != "nccl")
+    return " ".join(part for part in (*parts[: 3 if run.lanes else 2], accumulated, graph, carrier) if part)
 
 
-def variants(run: RunConfig, world: int, lanes: int, graphs: bool) -> dict[str, RunConfig]:
+def variants(run: RunConfig, world: int, lanes: int, on_gpus: bool) -> dict[str, RunConfig]:
     """The ways to share out that are measured."""
     found = [replace(run, zero_stage=stage, reduce=reduce) for stage in (0, 1, 2) for reduce in ("owner", "nccl")]
     beside_attention = replace(run, zero_stage=1)
-    if graphs:
-        found.append(replace(run, zero_stage=1, cuda_graph="on"))
+    if on_gpus:
+        found += [replace(run, zero_stage=1, carrier="copies"), replace(run, zero_stage=1, cuda_graph="on")]
     if lanes:
         tokens = max(run.total_batch, lanes * run.B * run.T, world * run.B * run.T)
         step = replace(run, zero_stage=1, total_batch=tokens)
@@ -434,7 +437,7 @@ def main(model: str, B: int, T: int, V: int, wanted: str, only: str, **options: 
         backend = device.choose(wanted, print if comm.rank == 0 else lambda line: None)
         common = {name: options[name] for name in ("total_batch", "recompute")}
         run = RunConfig(model=model, B=B, T=T, weight_decay=0.1, cuda_graph="off", **common)
-        runs = variants(run, comm.world, options["lanes"], graphs=device.load(backend).WORKS_ALONE)
+        runs = variants(run, comm.world, options["lanes"], on_gpus=device.load(backend).WORKS_ALONE)
         chosen = {name.strip() for name in only.split(",") if name.strip()} or {*runs, LOSSES}
         if unknown := chosen - {*runs, LOSSES}:
             raise UsageError(f"--only {', '.join(sorted(unknown))}: there are {', '.join(runs)}, {LOSSES}")
@@ -514,7 +517,8 @@ def compare(
         ideal[batch] = comm.world * found["tokens_per_second"]
         yield figures
     for name, each in runs.items():
-        found = measure(each, ranks, *measuring, name == BESIDE_ATTENTION)
+        carried = ranks if each.carrier == "nccl" else training.on_devices(comm, backend, each.carrier)
+        found = measure(each, carried, *measuring, name == BESIDE_ATTENTION)
         found["of_ideal"] = found["tokens_per_second"] / ideal[each.total_batch]
         figures["variants"][name] = found
         yield figures

@@ -228,6 +228,13 @@ class RunConfig:
         "who adds up the ranks' gradients: owner, in fp32 and in a fixed order; nccl, NCCL (on CPUs MPI) on the way",
         choices=("owner", "nccl"),
     )
+    carrier: str = option(
+        "nccl",
+        "--carrier",
+        "what carries gradients and parameters from GPU to GPU: nccl; copies, between GPUs of one machine, by their "
+        "copy engines. The same bits",
+        choices=("nccl", "copies"),
+    )
     watchdog: float = option(
         300.0, "--watchdog", "end the job when no rank gets on for so long; 0: never", unit="seconds"
     )

@@ -30,7 +30,18 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 # What a checkpoint and the run that goes on from it must agree on; the rest may change, and the run says so.
 FIXED_OPTIONS = ("T", "seed", "overfit")
 # Options that say where or how fast, not what: a change of these is not worth a word.
-FREE_OPTIONS = ("out_dir", "resume", "device", "recompute", "train_data", "val_data", "model", "watchdog", "cuda_graph")
+FREE_OPTIONS = (
+    "out_dir",
+    "resume",
+    "device",
+    "recompute",
+    "train_data",
+    "val_data",
+    "model",
+    "watchdog",
+    "cuda_graph",
+    "carrier",
+)
 
 
 @dataclass(eq=False)
@@ -123,7 +134,9 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
     Raises UserErrors.
     """
     backend = device.choose(run.device, say)
-    comm = on_devices(comm, backend)
+    if run.carrier == "copies" and run.cuda_graph == "on" and comm.world > 1:
+        raise UsageError("--carrier copies counts its exchanges, which a graph cannot: leave out --cuda-graph on")
+    comm = on_devices(comm, backend, run.carrier)
     dev, operations = device.load(backend), ops.load(backend)
     saved = _saved_run(run, say)
 
@@ -251,6 +264,7 @@ def plan(training: Training) -> str:
             ("--grad-dtype", on_cpu and run.grad_dtype != "bf16"),
             ("--gemm-search", on_cpu and run.gemm_search != "auto"),
             ("-z", run.zero_stage != 0 and world == 1),
+            ("--carrier", run.carrier != "nccl" and (on_cpu or world == 1)),
             ("-pg", run.gpus_per_node != 8),
         )
         if differs
@@ -268,8 +282,10 @@ def write_config(out_dir: Path, identity: dict[str, Any]) -> None:
         raise CheckpointError(f"{out_dir}: cannot write config.json: {error.strerror}") from error
 
 
-def on_devices(comm: Communicator, backend: str) -> Communicator:
-    """The ranks as this device's arrays need them, each with its GPU. UsageError if they can't train together."""
+def on_devices(comm: Communicator, backend: str, carrier: str = "nccl") -> Communicator:
+    """The ranks as this device's arrays need them, each with its GPU. carrier: from one GPU to the others. UsageError
+    if they can't train together.
+    """
     if comm.world == 1:
         return comm
     on_gpu = comm.gather(np.array([backend == "cuda"], np.float64))[:, 0]
@@ -291,7 +307,7 @@ def on_devices(comm: Communicator, backend: str) -> Communicator:
             f"machine and see {count} GPU{'s' if count > 1 else ''}. Start as many ranks as there are GPUs (-np, or "
             "-ppn for each machine), show them more in CUDA_VISIBLE_DEVICES, or take --device cpu"
         )
-    return on_gpus(comm)
+    return on_gpus(comm, carrier)
 
 
 def _saved_run(run: RunConfig, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:

@@ -1,4 +1,4 @@
-"""GPUs of several ranks on CPUs: CuPy's streams, events and NCCL as far as engine/comm/nccl.py needs them.
+"""GPUs of several ranks on CPUs: CuPy's streams, events and NCCL, and of CUDA what engine/comm/ needs.
 
 Arrays are numpy's, MPI carries them, and kernels run by the shim. What a GPU is given is done at once. But every access
 to memory is noted with the stream that makes it, and the vector clocks of streams say what a GPU might do at the same
@@ -7,9 +7,12 @@ end the program as a race.
 """
 
 import ctypes
+import mmap
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,11 +22,14 @@ import pytest
 from mpi4py import MPI
 
 from engine import device, training
+from engine.comm import copies
 from engine.device import cublaslt, cuda, kernels
 from tests import twins
 
 # NCCL's numbers, as nccl.h gives them
 CODES = {7: np.dtype(np.float32), 8: np.dtype(np.float64), 9: np.dtype(ml_dtypes.bfloat16)}
+BYTES = 0
+CODES[BYTES] = np.dtype(np.uint8)
 SUM = 0
 ID = bytes(range(128))
 DEFAULT_STREAM, SIDE_STREAM = 0, 77
@@ -95,9 +101,88 @@ def copyto(out: Memory, inp: Memory) -> None:
     out[...] = inp
 
 
-def zeros(shape: Any, dtype: Any) -> Memory:
-    """As a pool of memory gives it: what was there before is of no concern."""
-    return np.zeros(shape, dtype).view(Memory)
+class Pool:
+    """A rank's memory, of which it gives pieces and takes none back: a file, so that other ranks can open it."""
+
+    SIZE = 1 << 26
+
+    def __init__(self, folder: Path, rank: int):
+        self._folder, self.rank, self._taken = folder, rank, 0
+        self._mapped: dict[int, np.ndarray] = {}
+        path = self._path(rank)
+        path.write_bytes(b"")
+        with path.open("r+b") as file:
+            file.truncate(self.SIZE)
+
+    def _path(self, rank: int) -> Path:
+        return self._folder / f"gpu{rank}"
+
+    def of(self, rank: int) -> np.ndarray:
+        """All of a rank's memory, as bytes."""
+        if rank not in self._mapped:
+            with self._path(rank).open("r+b") as file:
+                self._mapped[rank] = np.frombuffer(mmap.mmap(file.fileno(), self.SIZE), np.uint8)
+        return self._mapped[rank]
+
+    def zeros(self, shape: Any, dtype: Any) -> Memory:
+        """As a pool gives it: what was there before is of no concern."""
+        dtype = np.dtype(dtype)
+        start, nbytes = self._taken, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        self._taken += -(-nbytes // 256) * 256
+        assert self._taken <= self.SIZE
+        return self.of(self.rank)[start : start + nbytes].view(dtype).reshape(shape).view(Memory)
+
+    def base(self, rank: int) -> int:
+        return self.of(rank).ctypes.data
+
+
+class Runtime(SimpleNamespace):
+    """Of CUDA's: memory of one process opened by another. A handle names a rank."""
+
+    CUDARuntimeError = RuntimeError
+    memcpyDefault = 4
+    seconds = 0.0  # that a copy takes
+
+    def ipcGetMemHandle(self, base: int) -> bytes:
+        assert base == self.pool.base(self.pool.rank), "not where an allocation begins"
+        return bytes([self.pool.rank]) * 64
+
+    def ipcOpenMemHandle(self, handle: bytes) -> int:
+        assert handle == handle[:1] * 64
+        assert handle[0] != self.pool.rank, "a process cannot open its own memory"
+        return self.pool.base(handle[0])
+
+    def ipcCloseMemHandle(self, address: int) -> None:
+        pass
+
+    def memcpyAsync(self, to: int, what: int, nbytes: int, kind: int, stream: int) -> None:
+        assert kind == self.memcpyDefault
+        target, source = (_memory(address, nbytes, BYTES) for address in (to, what))
+        GPU.do("memcpy", [source], [target], stream)
+        time.sleep(self.seconds)
+        target[...] = source
+
+
+class Driver(SimpleNamespace):
+    """Of CUDA's: numbers in memory that streams wait for. Here the process does."""
+
+    def cuMemGetAddressRange_v2(self, base: Any, size: Any, address: ctypes.c_uint64) -> int:
+        base._obj.value, size._obj.value = self.pool.base(self.pool.rank), self.pool.SIZE
+        assert base._obj.value <= address.value < base._obj.value + size._obj.value
+        return 0
+
+    def cuStreamWriteValue32_v2(self, stream: Any, address: Any, value: Any, flags: int) -> int:
+        assert flags == 0
+        ctypes.c_uint32.from_address(address.value).value = value.value
+        return 0
+
+    def cuStreamWaitValue32_v2(self, stream: Any, address: Any, value: Any, flags: int) -> int:
+        assert flags == 0
+        until = time.monotonic() + 30
+        while (ctypes.c_uint32.from_address(address.value).value - value.value) % (1 << 32) >= 1 << 31:
+            assert time.monotonic() < until, "waits for a number that nobody writes"
+            time.sleep(0)
+        return 0
 
 
 class Event:
@@ -110,6 +195,9 @@ class Stream:
         assert non_blocking or ptr == DEFAULT_STREAM  # another kind would wait for the default stream
         self.ptr = ptr
         self._before: list[int] = []
+
+    def synchronize(self) -> None:
+        pass
 
     def record(self, event: Event) -> Event:
         event.clock = dict(GPU.clocks[self.ptr])
@@ -208,7 +296,7 @@ def _group_end() -> None:
     calls[0][1].exchange(calls)
 
 
-def _cupy() -> dict[str, ModuleType]:
+def _cupy(pool: Pool) -> dict[str, ModuleType]:
     nccl = ModuleType("cupy.cuda.nccl")
     vars(nccl).update(
         available=True,
@@ -225,10 +313,15 @@ def _cupy() -> dict[str, ModuleType]:
     streams = {DEFAULT_STREAM: Stream(ptr=DEFAULT_STREAM), SIDE_STREAM: Stream(non_blocking=True)}
     cuda_module = ModuleType("cupy.cuda")
     vars(cuda_module).update(
-        nccl=nccl, Stream=Stream, Event=Event, get_current_stream=lambda: streams[GPU.current], __path__=[]
+        nccl=nccl,
+        runtime=Runtime(pool=pool),
+        Stream=Stream,
+        Event=Event,
+        get_current_stream=lambda: streams[GPU.current],
+        __path__=[],
     )
     cupy = ModuleType("cupy")
-    vars(cupy).update(ndarray=Memory, copyto=copyto, zeros=zeros, cuda=cuda_module, __path__=[])
+    vars(cupy).update(ndarray=Memory, copyto=copyto, zeros=pool.zeros, cuda=cuda_module, __path__=[])
     return {"cupy": cupy, "cupy.cuda": cuda_module, "cupy.cuda.nccl": nccl}
 
 
@@ -256,17 +349,19 @@ def _to_host(array: Any) -> np.ndarray:
 
 
 @contextmanager
-def several_gpus() -> Iterator[Gpu]:
-    """training.build builds for a GPU, each rank's its own."""
+def several_gpus(folder: Path) -> Iterator[Gpu]:
+    """training.build builds for a GPU, each rank's its own. folder: where files that are their memory can lie."""
+    pool = Pool(folder, MPI.COMM_WORLD.rank)
     with twins.on("forward"), pytest.MonkeyPatch.context() as patch:
-        for name, module in _cupy().items():
+        for name, module in _cupy(pool).items():
             patch.setitem(sys.modules, name, module)
         patch.setattr(device, "choose", lambda *_: "cuda")
         patch.setattr(kernels, "KERNELS", _Kernels(twins.ShimModule))
         patch.setattr(cublaslt, "matmul", _matmul)
         patch.setattr(cublaslt, "use", lambda table: None)
         patch.setattr(cuda, "take", lambda local_rank: (f"GPU {local_rank}".encode(), MPI.COMM_WORLD.size))
-        patch.setattr(cuda, "zeros", zeros)
+        patch.setattr(cuda, "zeros", pool.zeros)
+        patch.setattr(copies, "_driver", lambda: Driver(pool=pool))
         patch.setattr(cuda, "to_device", lambda host: np.array(host).view(Memory))
         patch.setattr(cuda, "to_host", _to_host)
         patch.setattr(cuda, "available_bytes", lambda: 1 << 40)

@@ -3,8 +3,8 @@ the stand-ins. Rank 0 writes losses, norms, parameters, masters and moments to t
 
     rank_nccl.py TARGET CARRIER SABOTAGE OPTIONS
 
-CARRIER: nccl, as it is on GPUs; or mpi, whose collectives are done when they return. SABOTAGE: a method of NCCLRanks
-that does nothing, or "". OPTIONS: of RunConfig, in JSON.
+CARRIER: nccl or copies, as it is on GPUs; or mpi, whose collectives are done when they return. SABOTAGE: a method of
+NCCLRanks, or Copies, that does nothing, or "". OPTIONS: of RunConfig, in JSON.
 """
 
 import json
@@ -16,19 +16,20 @@ import numpy as np
 
 import train
 from engine import training, zero
-from engine.comm import connect, ending_together, nccl
+from engine.comm import connect, copies, ending_together, nccl
 from engine.config import RunConfig
-from tests.nccl_on_cpu import several_gpus
+from tests.nccl_on_cpu import Runtime, several_gpus
 
 target, carrier, sabotage, options = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 comm = connect(os.environ)
-with ending_together(comm), several_gpus() as gpu:
+with ending_together(comm), several_gpus(target.parent) as gpu:
     zero.PIECE = 1000  # more than one piece of a bucket
     if carrier == "mpi":
-        training.on_gpus = lambda comm: comm
+        training.on_gpus = lambda comm, carrier: comm
+    Runtime.seconds = 0.002 * comm.rank * (carrier == "copies")  # so that ranks do not keep pace by chance
     if sabotage:
-        setattr(nccl.NCCLRanks, sabotage, lambda *_: None)
-    run = RunConfig(**options)
+        setattr(copies.Copies if carrier == "copies" else nccl.NCCLRanks, sabotage, lambda *_: None)
+    run = RunConfig(**options, carrier="copies" if carrier == "copies" else "nccl")
     t = training.build(run, comm, lambda line: None)
     results = {}
     for step in range(t.start, t.steps):

@@ -28,6 +28,7 @@ SIZE = ("--device", "cuda", "-e", "l5h2c64", "-t", 64, "-d", 512, "-l", 1e-3, "-
 CONSTANT = ("-k", "constant", "-n", 4)
 REDUCE = ("owner", "nccl")
 VARIANTS = {"bf16": (), "fp32": ("--grad-dtype", "fp32"), "-w 0": ("-w", 0), "nccl": ("--reduce", "nccl")}
+VARIANTS |= {"copies": ("--carrier", "copies")}
 STAGES = {"a": 0, "b": 1, "c": 1, "d": 2, "e": 2}
 
 
@@ -139,6 +140,10 @@ def test_all_stages_and_every_repetition_give_the_same_bits(two, out, variant):
     """Replicas are compared at every validation."""
     for name in STAGES:
         assert_same_run(out / f"{variant} a", out / f"{variant} {name}")
+
+
+def test_copies_carry_what_nccl_carries(two, out):
+    assert_same_run(out / "bf16 a", out / "copies a")
 
 
 def test_with_accumulation_every_repetition_gives_the_same_bits(one, two, out):

@@ -65,6 +65,29 @@ def test_what_runs_beside_computing_gives_the_bits_of_one_thing_after_another(ra
         assert_same(found, expected)
 
 
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_copies_carry_what_nccl_carries(rank_nccl, stage, world):
+    """From one rank's memory to the others', which meet by numbers that they write there."""
+    options = {"zero_stage": stage, "total_batch": 32 * world}
+    assert_same(rank_nccl(world, "copies", **options), rank_nccl(world, **options))
+
+
+def test_copies_without_a_meeting_are_seen(rank_nccl, tmp_path):
+    """So the stand-in's ranks do run beside each other."""
+    options = {"zero_stage": 1, "total_batch": 64}
+    expected = rank_nccl(2, "copies", **options)
+    (tmp_path / "results.npz").unlink()
+    if rank_nccl(2, "copies", sabotage="_tell", **options).code == 0:
+        with np.load(tmp_path / "results.npz") as found:
+            assert not np.array_equal(found["1.loss"], expected["1.loss"])
+
+
+def test_copies_of_lanes(rank_nccl):
+    options = {"zero_stage": 1, "lanes": 4, "total_batch": 128}
+    assert_same(rank_nccl(2, "copies", **options), rank_nccl(2, **options))
+
+
 def test_the_stages_give_the_same_bits(rank_nccl):
     first, *others = (rank_nccl(3, zero_stage=stage, total_batch=48) for stage in (0, 1, 2))
     for other in others:
@@ -159,7 +182,7 @@ def share_out(machines, see, backends, monkeypatch):
     """What training.on_devices says to each rank. see(rank, local_rank): (the GPU it takes, how many it sees)."""
     world = sum(machines)
     meet, table, local = threading.Barrier(world), {}, threading.local()
-    monkeypatch.setattr(training, "on_gpus", lambda comm: "on GPUs")
+    monkeypatch.setattr(training, "on_gpus", lambda comm, carrier: "on GPUs")
     monkeypatch.setattr(cuda, "take", lambda local_rank: see(local.rank, local_rank))
 
     def of(rank):

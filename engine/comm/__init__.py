@@ -78,12 +78,12 @@ def connect(environ: Mapping[str, str]) -> Communicator:
     return comm
 
 
-def on_gpus(comm: Communicator) -> Communicator:
-    """The same ranks for arrays on GPUs, each on one of its own, which is current. UsageError if NCCL can't do it."""
+def on_gpus(comm: Communicator, carrier: str) -> Communicator:
+    """The same ranks for arrays on GPUs, each on one of its own, which is current. UsageError if they can't connect."""
     from engine.comm.nccl import NCCLRanks, new_id
 
     assert not isinstance(comm, OneRank)
-    return NCCLRanks(comm, from_rank_0(comm, new_id() if comm.rank == 0 else b""))
+    return NCCLRanks(comm, from_rank_0(comm, new_id() if comm.rank == 0 else b""), carrier)
 
 
 @contextmanager

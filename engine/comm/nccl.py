@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from engine.comm import Communicator
+from engine.comm.copies import Copies
 from engine.errors import UsageError
 
 Array = Any
@@ -25,8 +26,10 @@ class NCCLRanks:
     later. Called aside, it comes before nothing until that is asked for.
     """
 
-    def __init__(self, control: Communicator, unique_id: bytes):
-        """unique_id: rank 0's, as `new_id` gives it. All ranks call this together. UsageError if they can't connect."""
+    def __init__(self, control: Communicator, unique_id: bytes, carrier: str = "nccl"):
+        """unique_id: rank 0's, as `new_id` gives it. carrier: of what is exchanged and gathered in place, "nccl", or
+        "copies" without it. All ranks call this together. UsageError if they can't connect.
+        """
         import cupy
 
         self._cupy, self._nccl, self._control = cupy, _library(), control
@@ -49,11 +52,15 @@ class NCCLRanks:
         self._behind, self._ahead = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
         self._is_ahead = False  # has something been put aside that nobody has waited for?
         self._gathered: dict[tuple[int, int], Array] = {}
+        self._copies = Copies(control, self._stream) if carrier == "copies" else None
 
     def exchange(self, out: Array, inp: Array) -> None:
         self._check(out, inp)
         count, code = inp.size // self.world, self._dtypes[inp.dtype]
         with self._in_order():
+            if self._copies:
+                self._copies.exchange(out, inp)
+                return
             # NCCL would take as many multiprocessors for what stays here as for what a peer gets.
             self._cupy.copyto(out[self.rank], inp[self.rank])
             with self._group():
@@ -75,7 +82,11 @@ class NCCLRanks:
         self._check(buffer)
         count = buffer.size // self.world
         own = buffer[self.rank * count :][:count]
-        self._all_gather(own, buffer)
+        if self._copies:
+            with self._in_order():
+                self._copies.all_gather(buffer)
+        else:
+            self._all_gather(own, buffer)
 
     def gather(self, values: Array) -> Array:
         """On the GPU, if the values are: then out is the same array for every call with the same one."""
@@ -87,6 +98,12 @@ class NCCLRanks:
             self._gathered[key] = self._cupy.zeros((self.world, *values.shape), values.dtype)
         self._all_gather(values, self._gathered[key])
         return self._gathered[key]
+
+    def forget(self) -> None:
+        """No array that has taken part lives on. All ranks call this together, with nothing under way."""
+        self._gathered.clear()
+        if self._copies:
+            self._copies.forget()
 
     def barrier(self) -> None:
         self._control.barrier()

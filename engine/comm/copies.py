@@ -1,0 +1,146 @@
+"""What ranks on one machine exchange, copied from GPU to GPU by the copy engines.
+
+NCCL's kernels take multiprocessors, which the multiplies then lack, and wait for them. Copies take none. Each rank puts
+what the others are to have where they will read it, in memory that they have opened to it (CUDA, "Interprocess
+Communication"), and tells them by a number that it writes there too and that their streams wait for (CUDA driver,
+"Stream Memory Operations"). Nothing is added up here, so the bits are those that NCCL would carry.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from engine.comm import Communicator, fingerprints
+from engine.errors import UsageError
+
+Array = Any
+
+READY, DONE = range(2)  # what ranks tell each other: mine may be written to; yours has been
+AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ: cyclic, so that the count may begin anew at 2^32
+HANDLE = 64  # bytes
+
+
+class Copies:
+    """Exchanges on one stream, in the order in which they are called, which is the same on all ranks of `control`.
+
+    The first time that an array takes part all ranks must call together: they tell each other where it lies.
+    """
+
+    def __init__(self, control: Communicator, stream: Any):
+        """All ranks call this together. UsageError where GPUs can't reach each other."""
+        import cupy
+
+        if control.local_world < control.world:
+            raise UsageError("--carrier copies: the ranks are not all on one machine. Take --carrier nccl")
+        self._cupy, self._control, self._stream = cupy, control, stream
+        self._rank, self._world = control.rank, control.world
+        self._opened: dict[tuple[int, bytes], int] = {}  # (peer, handle) -> where its memory lies here
+        self._theirs: dict[tuple[int, int], list[int]] = {}  # (address, bytes) -> where the peers' arrays lie here
+        self._told = cupy.zeros((2, self._world), np.uint32)  # what each peer has told, by READY and DONE
+        cupy.cuda.get_current_stream().synchronize()  # zeros are there before a peer writes
+        try:
+            self._told_there = self._open(self._told)
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise UsageError(
+                f"--carrier copies: the GPU of rank {self._rank} cannot reach all others' memory ({error}). Take "
+                "--carrier nccl"
+            ) from error
+        self._count = 0
+
+    def exchange(self, out: Array, inp: Array) -> None:
+        """out (world, n) = what every rank has for this one: its inp (world, n) in this rank's row."""
+        theirs, row = self._find(out), out[0].nbytes
+        with self._meeting():
+            for peer in self._peers():
+                self._copy(theirs[peer] + self._rank * row, _address(inp[peer]), row)
+            self._copy(_address(out[self._rank]), _address(inp[self._rank]), row)
+
+    def all_gather(self, buffer: Array) -> None:
+        """buffer (world * n) holds, in each rank's n elements, what that rank has there."""
+        theirs, part = self._find(buffer), buffer.nbytes // self._world
+        with self._meeting():
+            for peer in self._peers():
+                self._copy(theirs[peer] + self._rank * part, _address(buffer) + self._rank * part, part)
+
+    def forget(self) -> None:
+        """Lets go of the others' memory, before they give it back. All ranks call this together, with nothing under
+        way. What takes part later is looked for anew.
+        """
+        self._control.barrier()
+        for address in self._opened.values():
+            self._cupy.cuda.runtime.ipcCloseMemHandle(address)
+        self._opened.clear()
+        self._theirs.clear()
+        self._control.barrier()
+        self._told_there = self._open(self._told)
+
+    def _peers(self) -> Iterator[int]:
+        """The next one first: so no two ranks write to the same at a time."""
+        return ((self._rank + i) % self._world for i in range(1, self._world))
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """What is copied in it finds the others' arrays free, as their streams have come so far too; and what this
+        rank's stream is given later finds here what they have copied.
+        """
+        self._count = (self._count + 1) % (1 << 32)
+        self._tell(READY)
+        yield
+        self._tell(DONE)
+
+    def _tell(self, what: int) -> None:
+        """In the order of the stream: all others that this rank has come so far, and waits until they have."""
+        driver, stream, count = _driver(), ctypes.c_void_p(self._stream.ptr), ctypes.c_uint32(self._count)
+        size = self._told.itemsize
+        for peer in self._peers():
+            there = self._told_there[peer] + (what * self._world + self._rank) * size
+            _check(driver.cuStreamWriteValue32_v2(stream, ctypes.c_uint64(there), count, 0))
+        for peer in self._peers():
+            here = _address(self._told) + (what * self._world + peer) * size
+            _check(driver.cuStreamWaitValue32_v2(stream, ctypes.c_uint64(here), count, AT_LEAST))
+
+    def _copy(self, to: int, what: int, nbytes: int) -> None:
+        runtime = self._cupy.cuda.runtime
+        runtime.memcpyAsync(to, what, nbytes, runtime.memcpyDefault, self._stream.ptr)
+
+    def _find(self, array: Array) -> list[int]:
+        key = _address(array), array.nbytes
+        if key not in self._theirs:
+            self._theirs[key] = self._open(array)
+        return self._theirs[key]
+
+    def _open(self, array: Array) -> list[int]:
+        """Where every rank's array lies in this rank's addresses."""
+        runtime = self._cupy.cuda.runtime
+        base, size = ctypes.c_uint64(), ctypes.c_size_t()
+        address = ctypes.c_uint64(_address(array))
+        _check(_driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), address))
+        offset = np.array([_address(array) - base.value], np.uint64)
+        everyones = fingerprints(self._control, bytes(runtime.ipcGetMemHandle(base.value)) + offset.tobytes())
+        found = []
+        for peer, blob in enumerate(everyones):
+            key = peer, blob[:HANDLE]
+            if peer == self._rank:
+                found.append(_address(array))
+                continue
+            if key not in self._opened:
+                self._opened[key] = runtime.ipcOpenMemHandle(blob[:HANDLE])
+            found.append(self._opened[key] + int(np.frombuffer(blob[HANDLE:], np.uint64)[0]))
+        return found
+
+
+def _address(array: Array) -> int:
+    return array.data.ptr
+
+
+def _check(error: int) -> None:
+    assert error == 0, f"CUDA's error {error}"
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
