@@ -59,13 +59,21 @@ __device__ __forceinline__ int place(int row, int column) {
     return column / 64 * BOX + row * 64 + (column % 64 / 8 ^ row % 8) * 8;
 }
 
+// Which warpgroup the thread is of: the same register for a whole warp, for addresses that all of it shares.
+__device__ __forceinline__ int warpgroup() { return __shfl_sync(ALL_LANES, threadIdx.x / GROUP, 0); }
+
+// 64 rows of a head, as a factor of either kind.
+__device__ __forceinline__ unsigned long long head_factor(const bf16* rows) { return factor(rows, BOX * 2); }
+
 // tile = a b^T: each 64 rows in shared memory. Under way until products_wait, as what follows. (a would be in registers
 // for good, but ptxas 13.0 then gives them away in the middle of a loop: seen in the machine code, and in the
 // gradients.)
-__device__ __forceinline__ void multiply_transposed(Tile<ROWS>& tile, const bf16* a, const bf16* b) {
+__device__ __forceinline__ void multiply_transposed(Tile<ROWS>& tile, unsigned long long a, unsigned long long b) {
 #pragma unroll
-    for (int k = 0; k < HS / 16; k++)
-        product_64x16<false>(tile.x, factor(a + k / 4 * BOX + k % 4 * 16), factor(b + k / 4 * BOX + k % 4 * 16), k > 0);
+    for (int k = 0; k < HS / 16; k++) {
+        const int bytes = (k / 4 * BOX + k % 4 * 16) * 2;
+        product_64x16<false>(tile.x, behind(a, bytes), behind(b, bytes), k > 0);
+    }
 }
 
 // A tile, rounded to bf16, as the left factor of add_product.
@@ -75,9 +83,9 @@ __device__ __forceinline__ void as_factors(unsigned (&a)[ROWS / 16][4], const Ti
 }
 
 // tile += a b: b 64 rows in shared memory.
-__device__ __forceinline__ void add_product(Tile<HS>& tile, const unsigned (&a)[ROWS / 16][4], const bf16* b) {
+__device__ __forceinline__ void add_product(Tile<HS>& tile, const unsigned (&a)[ROWS / 16][4], unsigned long long b) {
 #pragma unroll
-    for (int k = 0; k < ROWS / 16; k++) product_64x16<true>(tile.x, a[k], factor(b + k * 16 * 64, BOX * 2), true);
+    for (int k = 0; k < ROWS / 16; k++) product_64x16<true>(tile.x, a[k], behind(b, k * 16 * 64 * 2), true);
 }
 
 // A warp's tile * scale to its 16 of the 64 rows from `first` on, by way of its own rows of shared memory. Returns, of
@@ -200,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
     __shared__ Ring ring;
     __shared__ Barrier queries;
 
-    const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
+    const int group = warpgroup(), C = NH * HS, column = blockIdx.y * HS;
     const int block = (gridDim.x - 1 - blockIdx.x) * FORWARD_GROUPS * ROWS;  // its first query
     const int end = min(block + FORWARD_GROUPS * ROWS, T);
     ring.make(1, FORWARD_GROUPS * GROUP / WARP, queries);
@@ -217,17 +225,18 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
 
     const int first = block + group * ROWS;  // the warpgroup's first query
     bf16* const mine = q + group * HEAD;
+    const unsigned long long q_factor = head_factor(mine), k_factor = head_factor(k), v_factor = head_factor(v);
     barrier_wait(queries, 0);
     const float scale = LOG2E * rsqrtf(static_cast<float>(HS));  // of scores, whose exponentials have base 2
     Tile<HS> o;
     float top0 = -INF, top1 = -INF, total0 = 0.0f, total1 = 0.0f;
     // Where all its queries lie beyond T a warpgroup goes along: a stage is empty when every warp has left it.
     for (int step = 0; step * ROWS <= first && step * ROWS < end; step++) {
-        const int stage = step % STAGES;
+        const int now = step % STAGES * HEAD_BYTES;
         Tile<ROWS> s;
         ring.wait_full(step);
         products_begin();
-        multiply_transposed(s, mine, k + stage * HEAD);
+        multiply_transposed(s, q_factor, behind(k_factor, now));
         products_commit();
         products_wait<0>();
         products_done(s.x);
@@ -277,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS) at
         unsigned p[ROWS / 16][4];
         as_factors(p, s);
         products_begin();
-        add_product(o, p, v + stage * HEAD);
+        add_product(o, p, behind(v_factor, now));
         products_commit();
         products_wait<0>();
         products_done(o.x);
@@ -318,10 +327,10 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
     bf16* const dy = q + STAGES * HEAD;    // and the gradients of their outputs
     __shared__ Ring ring;
     __shared__ Barrier keys;
-    __shared__ float2 statistics[STAGES][ROWS];  // lse, in base 2, and D of the stages' queries
+    __shared__ __align__(8) float query_lse[STAGES][ROWS], query_D[STAGES][ROWS];  // lse in base 2
     __shared__ ColumnSums<2> sums[KV_GROUPS];
 
-    const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
+    const int group = warpgroup(), C = NH * HS, column = blockIdx.y * HS;
     const int block = blockIdx.x * KV_GROUPS * ROWS;  // its first key
     const size_t head = (static_cast<size_t>(blockIdx.z) * NH + blockIdx.y) * T;
     if (threadIdx.x == 0)
@@ -345,7 +354,8 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
             for (int i = lane; i < ROWS; i += WARP) {
                 const size_t at = head + start + i;
                 // P is 1 beyond the last query, and the rows of dout that it is multiplied by are zero.
-                statistics[stage][i] = start + i < T ? make_float2(lse[at] * LOG2E, D[at]) : make_float2(0.0f, 0.0f);
+                query_lse[stage][i] = start + i < T ? lse[at] * LOG2E : 0.0f;
+                query_D[stage][i] = start + i < T ? D[at] : 0.0f;
             }
             // Each lane arrives for what it has written.
             if (lane == 0) {
@@ -362,31 +372,31 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
 
     const int first = block + group * ROWS;  // the warpgroup's first key
     bf16 *const my_k = k + group * HEAD, *const my_v = v + group * HEAD;
+    const unsigned long long k_factor = head_factor(my_k), v_factor = head_factor(my_v);
+    const unsigned long long q_factor = head_factor(q), dy_factor = head_factor(dy);
     barrier_wait(keys, 0);
     const float scale = rsqrtf(static_cast<float>(HS));
     Tile<HS> dk, dv;
     for (int step = 0; block + step * ROWS < T; step++) {
-        const int stage = step % STAGES;
-        const bf16 *const q_now = q + stage * HEAD, *const dy_now = dy + stage * HEAD;
+        const int stage = step % STAGES, now = stage * HEAD_BYTES;
         ring.wait_full(step);
         if (step >= group) {  // else the queries come before all keys
             Tile<ROWS> p, ds;
             products_begin();
-            multiply_transposed(p, my_k, q_now);
+            multiply_transposed(p, k_factor, behind(q_factor, now));
             products_commit();
             products_begin();
-            multiply_transposed(ds, my_v, dy_now);
+            multiply_transposed(ds, v_factor, behind(dy_factor, now));
             products_commit();
             products_wait<1>();
             products_done(p.x);
 #pragma unroll
-            for (int n = 0; n < ROWS / 8; n++)
+            for (int n = 0; n < ROWS / 8; n++) {
+                const float2 both = *reinterpret_cast<const float2*>(query_lse[stage] + tile_column(n));
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const float query_lse = statistics[stage][tile_column(n) + i].x;
-                    p.x[n][i] = exp2_fast(p.x[n][i] * (scale * LOG2E) - query_lse);
-                    p.x[n][i + 2] = exp2_fast(p.x[n][i + 2] * (scale * LOG2E) - query_lse);
-                }
+                for (int i = 0; i < 4; i++)
+                    p.x[n][i] = exp2_fast(p.x[n][i] * (scale * LOG2E) - (i % 2 ? both.y : both.x));
+            }
             if (step == group) {
 #pragma unroll
                 for (int n = 0; n < ROWS / 8; n++)
@@ -400,22 +410,20 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
             unsigned left_p[ROWS / 16][4];
             as_factors(left_p, p);
             products_begin();
-            add_product(dv, left_p, dy_now);
+            add_product(dv, left_p, behind(dy_factor, now));
             products_commit();
             products_wait<1>();
             products_done(ds.x);
 #pragma unroll
-            for (int n = 0; n < ROWS / 8; n++)
+            for (int n = 0; n < ROWS / 8; n++) {
+                const float2 both = *reinterpret_cast<const float2*>(query_D[stage] + tile_column(n));
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const float query_D = statistics[stage][tile_column(n) + i].y;
-                    ds.x[n][i] = p.x[n][i] * (ds.x[n][i] - query_D);
-                    ds.x[n][i + 2] = p.x[n][i + 2] * (ds.x[n][i + 2] - query_D);
-                }
+                for (int i = 0; i < 4; i++) ds.x[n][i] = p.x[n][i] * (ds.x[n][i] - (i % 2 ? both.y : both.x));
+            }
             unsigned left_ds[ROWS / 16][4];
             as_factors(left_ds, ds);
             products_begin();
-            add_product(dk, left_ds, q_now);
+            add_product(dk, left_ds, behind(q_factor, now));
             products_commit();
             products_wait<0>();
             products_done(dv.x);
@@ -423,7 +431,7 @@ extern "C" __global__ void __launch_bounds__(KV_THREADS, KV_BLOCKS) attention_ho
             products_done(dk.x);
             products_done(left_ds);
         }
-        ring.leave(step);  // each thread: it has read statistics
+        ring.leave(step);  // each thread: it has read lse and D
     }
     const size_t pitch = 3 * static_cast<size_t>(C);
     bf16* const dhead = dqkv + blockIdx.z * T * pitch + column;
@@ -464,7 +472,7 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
     __shared__ Barrier queries;
     __shared__ ColumnSums<1> sums[Q_GROUPS];
 
-    const int group = threadIdx.x / GROUP, C = NH * HS, column = blockIdx.y * HS;
+    const int group = warpgroup(), C = NH * HS, column = blockIdx.y * HS;
     const int block = (gridDim.x - 1 - blockIdx.x) * Q_GROUPS * ROWS;  // its first query
     const int end = min(block + Q_GROUPS * ROWS, T);
     if (threadIdx.x == 0)
@@ -498,17 +506,19 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
         if (row0 < T) D[head + row0] = D0;
         if (row1 < T) D[head + row1] = D1;
     }
+    const unsigned long long q_factor = head_factor(my_q), dy_factor = head_factor(my_dy);
+    const unsigned long long k_factor = head_factor(k), v_factor = head_factor(v);
     const float scale = rsqrtf(static_cast<float>(HS));
     Tile<HS> dq;
     for (int step = 0; step * ROWS <= first && step * ROWS < end; step++) {
-        const int stage = step % STAGES;
+        const int now = step % STAGES * HEAD_BYTES;
         Tile<ROWS> p, ds;
         ring.wait_full(step);
         products_begin();
-        multiply_transposed(p, my_q, k + stage * HEAD);
+        multiply_transposed(p, q_factor, behind(k_factor, now));
         products_commit();
         products_begin();
-        multiply_transposed(ds, my_dy, v + stage * HEAD);
+        multiply_transposed(ds, dy_factor, behind(v_factor, now));
         products_commit();
         products_wait<1>();
         products_done(p.x);
@@ -541,7 +551,7 @@ extern "C" __global__ void __launch_bounds__(Q_THREADS, Q_BLOCKS) attention_hopp
             }
         as_factors(left_ds, ds);
         products_begin();
-        add_product(dq, left_ds, k + stage * HEAD);
+        add_product(dq, left_ds, behind(k_factor, now));
         products_commit();
         products_wait<0>();
         products_done(dq.x);

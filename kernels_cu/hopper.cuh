@@ -59,6 +59,11 @@ __device__ __forceinline__ unsigned long long factor(const void* shared, int asi
     return SWIZZLE_128 | EIGHT_ROWS << 32 | beside << 16 | start;
 }
 
+// The factor that begins so many bytes behind: nothing but an addition, where factor would compute an address anew.
+__device__ __forceinline__ unsigned long long behind(unsigned long long factor, int bytes) {
+    return (factor & 0xffffffff00000000ull) | (static_cast<unsigned>(factor) + bytes / 16);
+}
+
 #define ROW4(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define ROW16(d, n) ROW4(d, n), ROW4(d, n + 1), ROW4(d, n + 2), ROW4(d, n + 3)
 #define ROW32(d, n) ROW16(d, n), ROW16(d, n + 4)

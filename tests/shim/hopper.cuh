@@ -357,6 +357,11 @@ __device__ __forceinline__ unsigned long long factor(const void* shared, int asi
     return shim::SWIZZLE_128 | EIGHT_ROWS << 32 | beside << 16 | start;
 }
 
+__device__ __forceinline__ unsigned long long behind(unsigned long long factor, int bytes) {
+    if (bytes % 16) shim::fail("behind", "not in multiples of 16 bytes");
+    return (factor & 0xffffffff00000000ull) | (static_cast<unsigned>(factor) + bytes / 16);
+}
+
 namespace shim {
 
 // a: a lane's four registers, or null where the warpgroup's a lies in shared memory.
