@@ -109,11 +109,8 @@ def start_beside_attention(t: Training) -> None:
 
     attention = SimpleNamespace(**vars(operations.attention) | {"backward": attention_backward})
     t.model.ops = SimpleNamespace(**vars(operations) | {"attention": attention})  # type: ignore[assignment]
-    t.zero.when_ready = lambda first, last: ready if last else ignore  # type: ignore[method-assign]
-
-
-def ignore(bucket: int) -> None:
-    """What happens to gradients that further micro-batches will add to."""
+    before = t.zero.when_ready
+    t.zero.when_ready = lambda first, last: ready if last else before(first, last)  # type: ignore[method-assign]
 
 
 initial_parameters = cache(training.initial_parameters)
