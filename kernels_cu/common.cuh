@@ -103,21 +103,11 @@ __device__ __forceinline__ float block_max(float x) {
 // are added in order.
 __device__ __forceinline__ void add_column_sums(
     grad_t* out, const float* x, int accumulate, int rows, int stride, int columns) {
-    constexpr int AT_A_TIME = 8;  // rows that a thread asks for: it would wait for memory each time
     __shared__ float partial[WARP][WARP + 1];
     const int column = blockIdx.x * WARP + threadIdx.x;
     float sum = 0.0f;
     if (column < columns)
-        for (int first = threadIdx.y; first < rows; first += AT_A_TIME * WARP) {
-            float some[AT_A_TIME];
-#pragma unroll
-            for (int k = 0; k < AT_A_TIME; k++) {
-                const int row = first + k * WARP;
-                some[k] = row < rows ? x[static_cast<size_t>(row) * stride + column] : 0.0f;
-            }
-#pragma unroll
-            for (float y : some) sum += y;
-        }
+        for (int row = threadIdx.y; row < rows; row += WARP) sum += x[static_cast<size_t>(row) * stride + column];
     partial[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y == 0 && column < columns) {
