@@ -5,7 +5,7 @@
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 #define INF __int_as_float(0x7f800000)
-constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr int PACK = 8;  // elements that a thread takes at a time: 16 bytes of bf16
 
 // Gradients of parameters: bf16, or fp32 as an option.

@@ -50,6 +50,15 @@ __device__ __forceinline__ void copy_box(
         : "memory");
 }
 
+// One thread: so many bytes, a multiple of 16, as the addresses are. They arrive at the barrier.
+__device__ __forceinline__ void copy_bytes(void* shared, const void* global, int bytes, Barrier& barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(&barrier))
+        : "memory");
+}
+
 // Where a factor b of a warpgroup's product lies: boxes as copy_box makes them, 64 columns wide. (PTX ISA, "Matrix
 // descriptor": addresses and offsets in 16 bytes; 8 rows of 128 bytes to the next 8; swizzle of 128 bytes.)
 // `aside`: bytes from a box to the one that has the next 64 columns.
@@ -141,14 +150,3 @@ __device__ __forceinline__ void products_done(float (&d)[N][4]) {
 #undef ROW4
 #undef ROW16
 #undef ROW32
-
-// A warpgroup gives registers back, or takes some: each thread has so many then, a multiple of 8. The kernel must have
-// __launch_bounds__(threads, blocks), and the two must be the branches of one `if`. (PTX ISA, "setmaxnreg")
-template <int count>
-__device__ __forceinline__ void keep_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
-}
-template <int count>
-__device__ __forceinline__ void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
-}

@@ -536,7 +536,7 @@ def test_attention(twin, sizes, monkeypatch, for_hopper):
         pytest.skip("this GPU is no Hopper")
     monkeypatch.setattr(CUDA.attention, "for_hopper", for_hopper)
     for B, T, NH, HS in sizes(*ATTENTION_SIZES):
-        if for_hopper and HS not in CUDA.attention.GROUPS:
+        if for_hopper and HS not in CUDA.attention.FORWARD_GROUPS:
             continue
         C = NH * HS
         qkv, dout = normal(B, T, 3 * C) * 1.5, normal(B, T, C)

@@ -31,9 +31,11 @@ struct Map {
 struct Box {
     Phase* phase;
     unsigned char* shared;
-    const Map* map;
+    const Map* map;  // null: so many bytes as they lie in memory
     long long at[3];
-    long long bytes() const { return 2 * map->box[0] * map->box[1] * map->box[2]; }
+    const void* global;
+    long long count;
+    long long bytes() const { return map ? 2 * map->box[0] * map->box[1] * map->box[2] : count; }
 };
 
 static Phase barriers[MAX_BARRIERS];
@@ -87,6 +89,10 @@ inline Phase& phase_of(const char* name, const Barrier& barrier) {
 
 // Zeros outside the tensor; 16 bytes at column c of row r lie at column c ^ r % 8.
 inline void carry_out(const Box& box) {
+    if (!box.map) {
+        memcpy(box.shared, box.global, box.count);
+        return;
+    }
     const Map& map = *box.map;
     for (unsigned long long row = 0; row < map.box[1] * map.box[2]; row++) {
         const long long y = box.at[1] + row % map.box[1], z = box.at[2] + row / map.box[1];
@@ -342,12 +348,24 @@ __device__ __forceinline__ void copy_box(
     Phase& phase = phase_of(name, barrier);
     if (map->kind != TENSOR_MAP) fail(name, "no tensor map there");
     if (box_count == MAX_BOXES) fail(name, "too many copies under way");
-    const Box box = {&phase, static_cast<unsigned char*>(shared), map, {x, y, z}};
+    const Box box = {&phase, static_cast<unsigned char*>(shared), map, {x, y, z}, nullptr, 0};
     const unsigned offset = offset_of(name, shared);
     if (offset % 1024) fail(name, "a box that does not begin at a multiple of 1,024 bytes");
     if (offset + box.bytes() > dynamic_size) fail(name, "the box ends outside the dynamic shared memory");
     memset(shared, 0xff, box.bytes());  // until waited for, neither the old nor the new may be read
     boxes[box_count++] = box;
+}
+
+__device__ __forceinline__ void copy_bytes(void* shared, const void* global, int bytes, Barrier& barrier) {
+    const char* name = "copy_bytes";
+    using namespace shim;
+    Phase& phase = phase_of(name, barrier);
+    const auto address = [](const void* p) { return reinterpret_cast<unsigned long long>(p); };
+    if (bytes <= 0 || bytes % 16 || address(shared) % 16 || address(global) % 16)
+        fail(name, "not in multiples of 16 bytes");
+    if (box_count == MAX_BOXES) fail(name, "too many copies under way");
+    memset(shared, 0xff, bytes);
+    boxes[box_count++] = {&phase, static_cast<unsigned char*>(shared), nullptr, {}, global, bytes};
 }
 
 __device__ __forceinline__ unsigned long long factor(const void* shared, int aside = 0) {
@@ -431,8 +449,3 @@ __device__ __forceinline__ void products_done(float (&d)[N][4]) {
     for (const shim::Sum& sum : shim::products[shim::index() / shim::WARP_LANES].sums)
         if (sum.under_way && sum.d[l] == &d[0][0]) shim::fail("products_done", "products for d are under way");
 }
-
-template <int count>
-__device__ __forceinline__ void keep_registers() {}
-template <int count>
-__device__ __forceinline__ void take_registers() {}

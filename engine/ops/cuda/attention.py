@@ -17,17 +17,15 @@ THREADS = 128  # for them
 
 # Whether Hopper's kernels are taken where there are some: kernels_cu/attention_hopper.cu.
 for_hopper = False
-GROUPS = {  # of warps, in a block, besides the one that fills the stages: by head size, as in that file
-    64: {"forward": 2, "backward_kv": 1, "backward_q": 1},
-    128: {"forward": 2, "backward_kv": 2, "backward_q": 2},
-}
-STAGES = 3
+FORWARD_GROUPS = {64: 1, 128: 2}  # of ROWS rows each, in a block, by head size, as in that file; one backward
+STAGES = 2
+TOGETHER = 16 << 20  # bytes of keys and values, or queries and their gradients, of the heads that are taken together
 
 
 def forward(out: Array, lse: Array, qkv: Array) -> None:
     (B, NH, T), HS = lse.shape, out.shape[-1] // lse.shape[1]
     if on_hopper(HS):
-        _launch_hopper("forward", B, NH, T, HS, out, lse, tensor_map.rows(qkv, B, T, 3 * NH * HS))
+        _launch_hopper("forward", FORWARD_GROUPS[HS], B, NH, T, HS, out, lse, tensor_map.rows(qkv, B, T, 3 * NH * HS))
     else:
         _launch("forward", B, NH, T, HS, out, lse, qkv)
 
@@ -35,13 +33,14 @@ def forward(out: Array, lse: Array, qkv: Array) -> None:
 def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias: Array, *, accumulate: bool) -> None:
     (B, NH, T), HS = lse.shape, out.shape[-1] // lse.shape[1]
     count = blocks(T, ROWS)
-    D, partial = scratch((lse.shape, np.float32), ((B * count, 3 * NH * HS), np.float32))
     if on_hopper(HS):
+        statistics, partial = scratch(((B, NH, count, 2, ROWS), np.float32), ((B * count, 3 * NH * HS), np.float32))
         maps = tensor_map.rows(dout, B, T, NH * HS), tensor_map.rows(qkv, B, T, 3 * NH * HS)
-        _launch_hopper("backward_q", B, NH, T, HS, dqkv, partial, D, *maps, out, lse, count)
-        _launch_hopper("backward_kv", B, NH, T, HS, dqkv, partial, *maps, lse, D, count)
+        _launch_hopper("backward_q", 1, B, NH, T, HS, dqkv, partial, statistics, *maps, out, lse, count)
+        _launch_hopper("backward_kv", 1, B, NH, T, HS, dqkv, partial, *maps, statistics, count)
         column_sums.add_partial(dbias, partial, accumulate=accumulate)
         return
+    (D,) = scratch((lse.shape, np.float32))
     kernels.launch(
         "attention",
         "attention_backward_d",
@@ -56,12 +55,12 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias
 
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:
-    """D, and the sums of each ROWS rows of dqkv that Hopper's kernels leave."""
-    return dims["B"] * (dims["NH"] * dims["T"] + blocks(dims["T"], ROWS) * 3 * dims["C"]) * 4
+    """Of Hopper's kernels: lse and D, and the sums of each ROWS rows of dqkv. The others take D alone."""
+    return dims["B"] * blocks(dims["T"], ROWS) * (dims["NH"] * 2 * ROWS + 3 * dims["C"]) * 4
 
 
 def on_hopper(HS: int) -> bool:
-    return for_hopper and HS in GROUPS
+    return for_hopper and HS in FORWARD_GROUPS
 
 
 def shared_bytes(HS: int) -> dict[str, int]:
@@ -84,15 +83,15 @@ def _launch(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) -> None
     )
 
 
-def _launch_hopper(name: str, B: int, NH: int, T: int, HS: int, *args: Any) -> None:
-    """A kernel with a warpgroup for each ROWS rows of a head, and one more; two arrays' rows in a stage."""
-    groups = GROUPS[HS][name]
-    own = groups if name == "forward" else 2 * groups
+def _launch_hopper(name: str, groups: int, B: int, NH: int, T: int, HS: int, *args: Any) -> None:
+    """A kernel with a warpgroup for each ROWS rows of a head, so many in a block; two arrays' rows in a stage."""
+    own = groups if name == "forward" else 2
+    heads = min(B * NH, max(1, TOGETHER // (2 * T * HS * 2)))
     kernels.launch(
         "attention_hopper",
         f"attention_hopper_{name}",
-        (blocks(T, ROWS * groups), NH, B),
-        (THREADS * (groups + 1),),
+        (heads, blocks(T, ROWS * groups), blocks(B * NH, heads)),
+        (THREADS * groups,),
         *(*args, B, T, NH),
         shared_bytes=(own + 2 * STAGES) * ROWS * HS * 2,
         defines={"HS": HS},
