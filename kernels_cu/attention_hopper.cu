@@ -2,10 +2,10 @@
 // with the tensor memory accelerator (after FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). That over queries
 // comes first here, and leaves D.
 //
-// A block has one warpgroup, or two, of 64 rows each. What they go through comes by a ring of stages in shared memory; one
-// thread keeps it filled. All that a product makes stays in registers: of a product's result, rounded to bf16, the next
-// product's left factor is made in place. A warpgroup waits for all that it starts: several on a multiprocessor fill
-// each other's gaps, the better, the more there are.
+// A block has one warpgroup, or two, of 64 rows each. What they go through comes by a ring of stages in shared memory;
+// one thread keeps it filled. All that a product makes stays in registers: of a product's result, rounded to bf16, the
+// next product's left factor is made in place. A warpgroup waits for all that it starts: several on a multiprocessor
+// fill each other's gaps, the better, the more there are.
 //
 // target: sm_90a alone
 // variants: HS = 64, 128
@@ -36,18 +36,19 @@ __device__ __forceinline__ void load_rows(
     for (int i = 0; i < HS; i += 64) copy_box(rows + i * ROWS, map, column + i, first, b, barrier);
 }
 
-// Which head of which sequence a block is for. Blocks start in this order: of as many heads as there are along x, those
-// with the longest way to go first, for the last to end should be short ones; then the next heads, because what these
-// have read lies in the L2 cache meanwhile.
-struct Head {
-    int b, h;
-    bool exists;
+// What a block is for: a head, and of its rows a block's share. Blocks start in the order of their numbers: head by
+// head, those with the longest way to go first, so that long and short ones run side by side, and read the same keys,
+// or queries. But of the last `tail` heads the longest of all come first, for the last blocks to end should be short.
+struct Task {
+    int head, b, column, share;  // share: 0 has the longest way to go
 
-    __device__ __forceinline__ Head(int B, int NH) {
-        const int number = blockIdx.z * gridDim.x + blockIdx.x;
-        b = number / NH, h = number % NH, exists = b < B;
+    __device__ __forceinline__ Task(int B, int NH, int shares, int tail) {
+        const int before = (B * NH - tail) * shares, block = blockIdx.x;
+        head = block < before ? block / shares : B * NH - tail + (block - before) % tail;
+        share = block < before ? block % shares : (block - before) / tail;
+        b = head / NH;
+        column = head % NH * HS;
     }
-    __device__ __forceinline__ int number(int NH) const { return b * NH + h; }
 };
 
 // Where 8 columns of a row are, in 64 rows of a head.
@@ -178,9 +179,7 @@ struct Ring {
         barrier_wait(empty[stage], next / STAGES - 1 & 1);
         fill(next, stage, full[stage]);
     }
-    __device__ __forceinline__ void wait_full(unsigned step) {
-        barrier_wait(full[step % STAGES], step / STAGES & 1);
-    }
+    __device__ __forceinline__ void wait_full(unsigned step) { barrier_wait(full[step % STAGES], step / STAGES & 1); }
     // A warp is through with a stage.
     __device__ __forceinline__ void leave(unsigned step) {
         __syncwarp();
@@ -205,12 +204,12 @@ struct FillKeys {
 // than so many powers of two: a warp seldom has to shrink what it has added up then, and fp32 holds far larger sums.
 constexpr float SLACK = 8.0f;
 
-// A block takes 64 queries a warpgroup of a head: blocks (heads, ceil(T / rows), ceil(B NH / heads)).
+// A block takes 64 queries a warpgroup of a head: ceil(T / rows) B NH blocks.
 extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS* GROUP, FORWARD_BLOCKS) attention_hopper_forward(
     bf16* __restrict__ out,                      // (B,T,NH,HS)
     float* __restrict__ lse,                     // (B,NH,T)
     const unsigned long long* __restrict__ qkv,  // (16)
-    int B, int T, int NH) {
+    int tail, int B, int T, int NH) {
     DYNAMIC_SHARED(bf16, shared);
     bf16* const q = shared;
     bf16* const k = q + FORWARD_GROUPS * HEAD;  // the stages' keys,
@@ -218,10 +217,10 @@ extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS* GROUP, FORWARD_BLOC
     __shared__ Ring ring;
     __shared__ Barrier queries;
 
-    const Head head(B, NH);
-    if (!head.exists) return;
-    const int group = FORWARD_GROUPS > 1 ? warpgroup() : 0, C = NH * HS, column = head.h * HS, b = head.b;
-    const int block = (gridDim.y - 1 - blockIdx.y) * FORWARD_GROUPS * ROWS;  // its first query
+    const int shares = (T - 1) / (FORWARD_GROUPS * ROWS) + 1;
+    const Task task(B, NH, shares, tail);
+    const int group = FORWARD_GROUPS > 1 ? warpgroup() : 0, C = NH * HS, column = task.column, b = task.b;
+    const int block = (shares - 1 - task.share) * FORWARD_GROUPS * ROWS;  // its first query
     const int end = min(block + FORWARD_GROUPS * ROWS, T), all_steps = (end - 1) / ROWS + 1;
     const FillKeys fill = {k, v, qkv, C, column, b};
     const bool fills = threadIdx.x == 0;
@@ -308,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS* GROUP, FORWARD_BLOC
     total1 = row_sum(total1);
     store_tile(out + static_cast<size_t>(b) * T * C + column, C, first, T, mine, o, 1.0f / total0, 1.0f / total1);
     if (threadIdx.x % 4 == 0) {
-        float* const statistics = lse + static_cast<size_t>(head.number(NH)) * T;
+        float* const statistics = lse + static_cast<size_t>(task.head) * T;
         const int row = first + row_in_group();
         if (row < T) statistics[row] = (top0 * scale + log2_fast(total0)) * LN2;
         if (row + 8 < T) statistics[row + 8] = (top1 * scale + log2_fast(total1)) * LN2;
@@ -327,8 +326,7 @@ __device__ __forceinline__ float row_dot(const bf16* dy, int row, const bf16* ou
     return row_sum(sum);
 }
 
-// The gradients of 64 queries of a head, and what backward over keys has to know of them: blocks
-// (heads, ceil(T / 64), ceil(B NH / heads)).
+// The gradients of 64 queries of a head, and what backward over keys has to know of them: ceil(T / 64) B NH blocks.
 extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_backward_q(
     bf16* __restrict__ dqkv,                      // (B,T,3,NH,HS)
     float* __restrict__ partial,                  // (B,blocks,3,NH,HS)
@@ -337,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
     const unsigned long long* __restrict__ qkv,   // (16)
     const bf16* __restrict__ out,                 // (B,T,NH,HS)
     const float* __restrict__ lse,                // (B,NH,T)
-    int blocks, int B, int T, int NH) {
+    int blocks, int tail, int B, int T, int NH) {
     DYNAMIC_SHARED(bf16, shared);
     bf16* const q = shared;
     bf16* const dy = q + HEAD;
@@ -347,9 +345,8 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
     __shared__ Barrier queries;
     __shared__ ColumnSums<1> sums;
 
-    const Head head(B, NH);
-    if (!head.exists) return;
-    const int C = NH * HS, column = head.h * HS, b = head.b, block = gridDim.y - 1 - blockIdx.y;
+    const Task task(B, NH, blocks, tail);
+    const int C = NH * HS, column = task.column, b = task.b, block = blocks - 1 - task.share;
     const int first = block * ROWS, steps = block + 1;
     const FillKeys fill = {k, v, qkv, C, column, b};
     const bool fills = threadIdx.x == 0;
@@ -363,8 +360,8 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
     }
 
     const int row = row_in_group(), row0 = first + row, row1 = row0 + 8;
-    const size_t number = head.number(NH);
-    const float* const head_lse = lse + number * T;
+    const size_t head = task.head;
+    const float* const head_lse = lse + head * T;
     const bf16* const head_out = out + static_cast<size_t>(b) * T * C + column;
     // Of rows beyond T P is zero; as dout is, any row of out will do.
     const float lse0 = row0 < T ? head_lse[row0] * LOG2E : INF, lse1 = row1 < T ? head_lse[row1] * LOG2E : INF;
@@ -372,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
     const float D0 = row_dot(dy, row, head_out + static_cast<size_t>(min(row0, T - 1)) * C);
     const float D1 = row_dot(dy, row + 8, head_out + static_cast<size_t>(min(row1, T - 1)) * C);
     if (threadIdx.x % 4 == 0) {
-        float* const mine = statistics + (number * blocks + block) * 2 * ROWS + row;
+        float* const mine = statistics + (head * blocks + block) * 2 * ROWS + row;
         mine[0] = lse0;
         mine[8] = lse1;
         mine[ROWS] = D0;
@@ -436,15 +433,15 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
     sums.store_sums(partial + (b * blocks + block) * pitch + column, C);
 }
 
-// The gradients of 64 keys and values of a head: blocks (heads, ceil(T / 64), ceil(B NH / heads)). Scores are transposed
-// here: rows are keys, columns queries.
+// The gradients of 64 keys and values of a head: ceil(T / 64) B NH blocks. Scores are transposed here: rows are keys,
+// columns queries.
 extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_backward_kv(
     bf16* __restrict__ dqkv,                      // (B,T,3,NH,HS)
     float* __restrict__ partial,                  // (B,blocks,3,NH,HS)
     const unsigned long long* __restrict__ dout,  // (16)
     const unsigned long long* __restrict__ qkv,   // (16)
     const float* __restrict__ statistics,         // (B,NH,blocks,2,64), of backward over queries
-    int blocks, int B, int T, int NH) {
+    int blocks, int tail, int B, int T, int NH) {
     DYNAMIC_SHARED(bf16, shared);
     bf16* const k = shared;
     bf16* const v = k + HEAD;
@@ -455,11 +452,10 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
     __shared__ __align__(16) float queries[STAGES][2][ROWS];  // their statistics
     __shared__ ColumnSums<2> sums;
 
-    const Head head(B, NH);
-    if (!head.exists) return;
-    const int C = NH * HS, column = head.h * HS, b = head.b, block = blockIdx.y;
+    const Task task(B, NH, blocks, tail);
+    const int C = NH * HS, column = task.column, b = task.b, block = task.share;
     const int first = block * ROWS, steps = blocks - block;
-    const float* const of_head = statistics + static_cast<size_t>(head.number(NH)) * blocks * 2 * ROWS;
+    const float* const of_head = statistics + static_cast<size_t>(task.head) * blocks * 2 * ROWS;
     const auto fill = [&](unsigned step, unsigned stage, Barrier& full) {
         constexpr int BYTES = sizeof queries[0];
         const int start = first + step * ROWS;
@@ -500,8 +496,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
         for (int n = 0; n < ROWS / 8; n++) {
             const float2 lse = *reinterpret_cast<const float2*>(queries[stage][0] + tile_column(n));
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                p.x[n][i] = exp2_fast(p.x[n][i] * (scale * LOG2E) - (i % 2 ? lse.y : lse.x));
+            for (int i = 0; i < 4; i++) p.x[n][i] = exp2_fast(p.x[n][i] * (scale * LOG2E) - (i % 2 ? lse.y : lse.x));
         }
         if (step == 0) {
             const int seen = row_in_group() - tile_column(0);  // of its columns, the first one that sees the first row

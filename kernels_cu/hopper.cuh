@@ -52,11 +52,10 @@ __device__ __forceinline__ void copy_box(
 
 // One thread: so many bytes, a multiple of 16, as the addresses are. They arrive at the barrier.
 __device__ __forceinline__ void copy_bytes(void* shared, const void* global, int bytes, Barrier& barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared_address(shared)),
-        "l"(global), "r"(bytes), "r"(shared_address(&barrier))
-        : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(&barrier))
+                 : "memory");
 }
 
 // Where a factor b of a warpgroup's product lies: boxes as copy_box makes them, 64 columns wide. (PTX ISA, "Matrix

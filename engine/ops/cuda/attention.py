@@ -19,13 +19,16 @@ THREADS = 128  # for them
 for_hopper = False
 FORWARD_GROUPS = {64: 1, 128: 2}  # of ROWS rows each, in a block, by head size, as in that file; one backward
 STAGES = 2
-TOGETHER = 16 << 20  # bytes of keys and values, or queries and their gradients, of the heads that are taken together
+ROOM = {  # for blocks at a time, on the 132 multiprocessors of an H100
+    64: {"forward": 5 * 132, "backward_kv": 3 * 132, "backward_q": 4 * 132},
+    128: {"forward": 2 * 132, "backward_kv": 2 * 132, "backward_q": 2 * 132},
+}
 
 
 def forward(out: Array, lse: Array, qkv: Array) -> None:
     (B, NH, T), HS = lse.shape, out.shape[-1] // lse.shape[1]
     if on_hopper(HS):
-        _launch_hopper("forward", FORWARD_GROUPS[HS], B, NH, T, HS, out, lse, tensor_map.rows(qkv, B, T, 3 * NH * HS))
+        _launch_hopper("forward", B, NH, T, HS, out, lse, tensor_map.rows(qkv, B, T, 3 * NH * HS))
     else:
         _launch("forward", B, NH, T, HS, out, lse, qkv)
 
@@ -36,8 +39,8 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias
     if on_hopper(HS):
         statistics, partial = scratch(((B, NH, count, 2, ROWS), np.float32), ((B * count, 3 * NH * HS), np.float32))
         maps = tensor_map.rows(dout, B, T, NH * HS), tensor_map.rows(qkv, B, T, 3 * NH * HS)
-        _launch_hopper("backward_q", 1, B, NH, T, HS, dqkv, partial, statistics, *maps, out, lse, count)
-        _launch_hopper("backward_kv", 1, B, NH, T, HS, dqkv, partial, *maps, statistics, count)
+        _launch_hopper("backward_q", B, NH, T, HS, dqkv, partial, statistics, *maps, out, lse, count)
+        _launch_hopper("backward_kv", B, NH, T, HS, dqkv, partial, *maps, statistics, count)
         column_sums.add_partial(dbias, partial, accumulate=accumulate)
         return
     (D,) = scratch((lse.shape, np.float32))
@@ -83,16 +86,18 @@ def _launch(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) -> None
     )
 
 
-def _launch_hopper(name: str, groups: int, B: int, NH: int, T: int, HS: int, *args: Any) -> None:
-    """A kernel with a warpgroup for each ROWS rows of a head, so many in a block; two arrays' rows in a stage."""
-    own = groups if name == "forward" else 2
-    heads = min(B * NH, max(1, TOGETHER // (2 * T * HS * 2)))
+def _launch_hopper(name: str, B: int, NH: int, T: int, HS: int, *args: Any) -> None:
+    """A kernel with a warpgroup for each ROWS rows of a head; two arrays' rows in a stage."""
+    groups, own = (FORWARD_GROUPS[HS], FORWARD_GROUPS[HS]) if name == "forward" else (1, 2)
+    shares = blocks(T, ROWS * groups)
+    # So many that the longest of their blocks, started first, end before the others do.
+    tail = min(B * NH, blocks(5 * ROOM[HS][name], 2 * (shares + 1)))
     kernels.launch(
         "attention_hopper",
         f"attention_hopper_{name}",
-        (heads, blocks(T, ROWS * groups), blocks(B * NH, heads)),
+        (shares * B * NH,),
         (THREADS * groups,),
-        *(*args, B, T, NH),
+        *(*args, tail, B, T, NH),
         shared_bytes=(own + 2 * STAGES) * ROWS * HS * 2,
         defines={"HS": HS},
     )
