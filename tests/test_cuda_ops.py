@@ -12,7 +12,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from engine import ops
-from engine.device import cublaslt, cuda, race
+from engine.device import cublaslt, cuda, kernels, race
 from engine.ops.cuda import scratch
 from engine.ops.numpy import rounding
 from tests.twins import BF16, EPS16, EPS32, F32, assert_within, on, rounded, stored, sum_error
@@ -600,6 +600,70 @@ def test_attention_is_stable_and_causal(twin, monkeypatch, for_hopper):
     assert np.isfinite(results[0][1]).all()
     for first, second in zip(*results, strict=True):
         np.testing.assert_array_equal(first, second)
+
+
+@pytest.fixture
+def hopper_attention(twin, monkeypatch):
+    """Runs Hopper's kernels with so many heads in the tail; of a kernel named, its first blocks alone.
+
+    Returns (out, lse, dqkv, dbias).
+    """
+    if not hopper(twin):
+        pytest.skip("this GPU is no Hopper")
+    attention, launch = CUDA.attention, kernels.launch
+    monkeypatch.setattr(attention, "for_hopper", True)
+
+    def run(B, T, NH, HS, tail, qkv, dout, named="", first_blocks=0):
+        tails = []
+
+        def launched(source, name, grid, *rest, **options):
+            if source == "attention_hopper":
+                tails.append(rest[-4])
+                grid = (first_blocks,) if name == f"attention_hopper_{named}" else grid
+            launch(source, name, grid, *rest, **options)
+
+        monkeypatch.setattr(kernels, "launch", launched)
+        rows = {"forward": 64 * attention.FORWARD_GROUPS[HS], "backward_q": 64, "backward_kv": 64}
+        room = {name: 2 * (-(-T // count) + 1) * tail // 5 for name, count in rows.items()}
+        monkeypatch.setattr(attention, "ROOM", {HS: room})
+        C = NH * HS
+        out, lse, dqkv = twin.nan(B, T, C), twin.nan(B, NH, T, dtype=F32), twin.nan(B, T, 3 * C)
+        dbias, device_qkv = twin.nan(3 * C, dtype=F32), twin.put(qkv)
+        attention.forward(out, lse, device_qkv)
+        attention.backward(dqkv, twin.put(dout), device_qkv, out, lse, dbias, accumulate=False)
+        assert tails == 3 * [tail]
+        twin.check_guards()
+        return [twin.get(array) for array in (out, lse, dqkv, dbias)]
+
+    return run
+
+
+@pytest.mark.parametrize("HS", [64, 128])
+def test_hopper_attention_in_any_order(hopper_attention, HS):
+    """No bit depends on the order in which blocks start."""
+    B, T, NH = 2, 150, 2
+    qkv, dout = normal(B, T, 3 * NH * HS), normal(B, T, NH * HS)
+    results = [hopper_attention(B, T, NH, HS, tail, qkv, dout) for tail in (0, 1, 3, B * NH)]
+    for arrays in zip(*results, strict=True):
+        assert np.isfinite(arrays[0]).all()
+        for other in arrays[1:]:
+            np.testing.assert_array_equal(other, arrays[0])
+
+
+@pytest.mark.parametrize("HS", [64, 128])
+@pytest.mark.parametrize(("name", "array", "at"), [("forward", 0, 0), ("backward_q", 2, 0), ("backward_kv", 2, 1)])
+def test_hopper_attention_begins_with_the_longest(hopper_attention, HS, name, array, at):
+    """The first five blocks: all of the first head, but of the last three, in the tail, those that take longest."""
+    B, T, NH, tail = 2, 150, 2, 3
+    qkv, dout = normal(B, T, 3 * NH * HS), normal(B, T, NH * HS)
+    result = hopper_attention(B, T, NH, HS, tail, qkv, dout, name, 5)[array]
+    written = np.isfinite(result.reshape(B, T, -1, NH, HS)[:, :, at]).all(-1).swapaxes(1, 2).reshape(B * NH, T)
+    rows = 64 * CUDA.attention.FORWARD_GROUPS[HS] if name == "forward" else 64
+    share = np.arange(T) // rows
+    longest = share == (0 if name == "backward_kv" else share[-1])
+    begun = 5 - (share[-1] + 1)
+    expected = [np.ones(T, bool), *(longest & (head < begun) for head in range(tail))]
+    np.testing.assert_array_equal(written, expected)
 
 
 def hopper(twin):
