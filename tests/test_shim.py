@@ -460,6 +460,29 @@ extern "C" __global__ void box(const unsigned long long* map, unsigned* out, int
     for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) out[bytes / 4 + i] = words[i];
 }
 
+// Some of x, to some of the words; every thread waits, or none.
+extern "C" __global__ void some_bytes(
+    const float* x, float* out, int count, int expected, int from, int to, int publishes, int waits) {
+    __shared__ __align__(16) float words[16];
+    __shared__ Barrier there;
+    const int i = threadIdx.x;
+    words[i] = 1;
+    if (i == 3) {
+        barrier_make(there, 1);
+        if (publishes) barriers_made();
+    }
+    __syncthreads();
+    if (i == 3) {
+        copy_bytes(words + to, x + from, count, there);  // before the barrier knows of it
+        barrier_arrive_expecting(there, expected);
+    }
+    __syncthreads();
+    out[i] = words[i];
+    __syncthreads();
+    if (waits) barrier_wait(there, 0);
+    out[16 + i] = words[i];
+}
+
 // Two groups under way, of which the older is waited for first.
 extern "C" __global__ void groups(float* out) {
     DYNAMIC_SHARED(bf16, everything);
@@ -508,6 +531,7 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> ShimModule:
     source.write_text(PIPELINE.replace("enum { MISTAKES }", f"enum {{ {names} }}"))
     others = {
         "box": [MAP, "unsigned*", "int", "int", "int", "int"],
+        "some_bytes": ["const float*", "float*", *6 * ["int"]],
         "groups": ["float*"],
         "exponentials": ["const float*", "float*"],
     }
@@ -600,6 +624,44 @@ def test_boxes_are_swizzled_and_zero_outside(hopper, corner):
     rows = np.where(inside, x[tuple(at * inside for at in where)], 0).reshape(24, 8, 8)
     swizzled = np.stack([row[np.arange(8) ^ r % 8] for r, row in enumerate(rows)])
     np.testing.assert_array_equal(out[1].reshape(24, 8, 8), swizzled)
+
+
+def copy_bytes(hopper, count=32, expected=32, at=4, to=4, publishes=1, waits=1) -> np.ndarray:
+    """16 words, before the wait and after it: 1, but from `to` on what lies at 0, 1, 2, ... from `at` on."""
+    x, out = np.arange(20, dtype=np.float32), np.zeros((2, 16), np.float32)
+    x = x[-(x.ctypes.data // 4) % 4 :]  # from a multiple of 16 bytes on
+    x -= x[0]
+    arguments = [np.int32(n) for n in (count, expected, at, to, publishes, waits)]
+    hopper.launch("some_bytes", ONE, (16, 1, 1), 0, [x, out, *arguments])
+    return out
+
+
+def test_bytes_come_when_waited_for(hopper):
+    for count, at, to in ((32, 4, 4), (16, 0, 8), (64, 0, 0)):
+        out = copy_bytes(hopper, count, count, at, to)
+        expected = np.ones((2, 16), np.float32)
+        expected[:, to : to + count // 4] = [[np.nan], [0]]  # no wait yet: neither the old nor the new
+        expected[1, to : to + count // 4] = np.arange(at, at + count // 4)
+        np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"at": 5}, "copy_bytes: not in multiples of 16 bytes"),
+        ({"to": 6}, "copy_bytes: not in multiples of 16 bytes"),
+        ({"count": 24}, "copy_bytes: not in multiples of 16 bytes"),
+        ({"count": 0}, "copy_bytes: not in multiples of 16 bytes"),
+        ({"publishes": 0}, "copy_bytes: a barrier without barriers_made"),
+        ({"waits": 0}, "that nobody waited for"),
+        ({"expected": 48}, "barrier_wait.*lacks 0 arrivals, 16 bytes"),
+        ({"expected": 16}, "barrier_wait.*lacks 0 arrivals, -16 bytes"),
+    ],
+)
+def test_mistakes_in_copies_of_bytes_are_found(hopper, mistake, message):
+    with pytest.raises(ShimError, match=message):
+        copy_bytes(hopper, **mistake)
+    copy_bytes(hopper)  # and all is well afterwards
 
 
 def test_groups_of_products_are_waited_for_oldest_first(hopper):
