@@ -273,6 +273,8 @@ def test_a_module_of_the_gpu_loads_the_binary_and_asks_for_shared_memory_once(so
     launches, asked = [], []
 
     class Function:
+        shared_size_bytes = 2 << 10  # that the kernel declares
+
         def __setattr__(self, name, value):
             asked.append((name, value))
 
@@ -288,10 +290,10 @@ def test_a_module_of_the_gpu_loads_the_binary_and_asks_for_shared_memory_once(so
     monkeypatch.setattr(kernels, "SOURCES", sources)
     owner = kernels.Kernels(kernels.GpuModule)
     x = aligned((1,), np.float32)
-    for shared_bytes in (0, 48 << 10, 60 << 10, 60 << 10):
+    for shared_bytes in (0, 46 << 10, 48 << 10, 60 << 10, 60 << 10):
         owner.launch("a", "a", (2,), (32,), x, 5, shared_bytes=shared_bytes)
-    assert asked == [("max_dynamic_shared_size_bytes", 60 << 10)]
-    assert [launch[3] for launch in launches] == [0, 48 << 10, 60 << 10, 60 << 10]
+    assert asked == [("max_dynamic_shared_size_bytes", 48 << 10), ("max_dynamic_shared_size_bytes", 60 << 10)]
+    assert [launch[3] for launch in launches] == [0, 46 << 10, 48 << 10, 60 << 10, 60 << 10]
     assert launches[0][:2] == ((2,), (32,))
     assert launches[0][2][0] is x
     assert launches[0][2][1] == np.int32(5)

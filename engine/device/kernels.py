@@ -330,7 +330,8 @@ class GpuModule:
         device = cupy.cuda.Device()
         module = cupy.RawModule(path=str(compiled(source, device.compute_capability, defines)))
         self._functions = {name: module.get_function(name) for name in names}
-        self._shared = dict.fromkeys(self._functions, 48 << 10)  # what a block may have without asking
+        # What a block may have beside what the kernel declares, without asking.
+        self._shared = {name: (48 << 10) - each.shared_size_bytes for name, each in self._functions.items()}
 
     def launch(self, name: str, grid: Dim3, block: Dim3, shared_bytes: int, args: Sequence[Any]) -> None:
         function = self._functions[name]
