@@ -602,6 +602,22 @@ def test_attention_is_stable_and_causal(twin, monkeypatch, for_hopper):
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.parametrize("for_hopper", [False, True])
+@pytest.mark.parametrize("row", [65, 74])
+def test_attention_of_one_row_that_grows(twin, monkeypatch, for_hopper, row):
+    """A score of 512, 64 keys on, whatever the other rows of its warp have: either row that a thread has a part of."""
+    if for_hopper and not hopper(twin):
+        pytest.skip("this GPU is no Hopper")
+    monkeypatch.setattr(CUDA.attention, "for_hopper", for_hopper)
+    B, T, NH, HS = 1, 80, 1, 64
+    qkv = np.zeros((B, T, 3, HS))
+    qkv[:, row, :2], qkv[:, :, 2] = 8, normal(B, T, HS)
+    out, lse = twin.nan(B, T, HS), twin.nan(B, NH, T, dtype=F32)
+    CUDA.attention.forward(out, lse, twin.put(qkv.reshape(B, T, 3 * HS)))
+    np.testing.assert_array_equal(twin.get(out)[0, row], rounded(qkv[0, row, 2]))
+    np.testing.assert_allclose(twin.get(lse)[0, 0, [row - 1, row]], [np.log(row), 512], rtol=1e-6)
+
+
 @pytest.fixture
 def hopper_attention(twin, monkeypatch):
     """Runs Hopper's kernels with so many heads in the tail; of a kernel named, its first blocks alone.
@@ -651,19 +667,25 @@ def test_hopper_attention_in_any_order(hopper_attention, HS):
 
 
 @pytest.mark.parametrize("HS", [64, 128])
-@pytest.mark.parametrize(("name", "array", "at"), [("forward", 0, 0), ("backward_q", 2, 0), ("backward_kv", 2, 1)])
-def test_hopper_attention_begins_with_the_longest(hopper_attention, HS, name, array, at):
-    """The first five blocks: all of the first head, but of the last three, in the tail, those that take longest."""
+@pytest.mark.parametrize(("name", "array", "part"), [("forward", 0, 0), ("backward_q", 2, 0), ("backward_kv", 2, 1)])
+def test_hopper_attention_begins_with_the_longest(hopper_attention, HS, name, array, part):
+    """A head's longest block, and where the tail begins its heads' longest: by what the first blocks alone have stored.
+
+    Of forward and over queries the last blocks have the longest way to go, over keys the first.
+    """
     B, T, NH, tail = 2, 150, 2, 3
-    qkv, dout = normal(B, T, 3 * NH * HS), normal(B, T, NH * HS)
-    result = hopper_attention(B, T, NH, HS, tail, qkv, dout, name, 5)[array]
-    written = np.isfinite(result.reshape(B, T, -1, NH, HS)[:, :, at]).all(-1).swapaxes(1, 2).reshape(B * NH, T)
     rows = 64 * CUDA.attention.FORWARD_GROUPS[HS] if name == "forward" else 64
-    share = np.arange(T) // rows
-    longest = share == (0 if name == "backward_kv" else share[-1])
-    begun = 5 - (share[-1] + 1)
-    expected = [np.ones(T, bool), *(longest & (head < begun) for head in range(tail))]
-    np.testing.assert_array_equal(written, expected)
+    shares = range(-(-T // rows))
+    order = [(0, share) for share in shares] + [(head, share) for share in shares for head in range(1, B * NH)]
+    qkv, dout = normal(B, T, 3 * NH * HS), normal(B, T, NH * HS)
+    for first_blocks in (1, len(shares) + 2):
+        result = hopper_attention(B, T, NH, HS, tail, qkv, dout, name, first_blocks)[array]
+        stored_rows = np.isfinite(result.reshape(B, T, -1, NH, HS)[:, :, part]).all(-1)
+        expected = np.zeros((B, NH, T), bool)
+        for head, share in order[:first_blocks]:
+            block = share if name == "backward_kv" else shares[-1] - share
+            expected[head // NH, head % NH, block * rows : (block + 1) * rows] = True
+        np.testing.assert_array_equal(stored_rows, expected.swapaxes(1, 2))
 
 
 def hopper(twin):
