@@ -1,6 +1,6 @@
 // attention.cu for Hopper: the same mathematics and the same two kernels backward, with the products of a warpgroup and
 // with the tensor memory accelerator (after FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). That over queries
-// comes first here, and leaves D.
+// comes first here, and leaves D, and lse in base 2.
 //
 // A block has one warpgroup, or two, of 64 rows each. What they go through comes by a ring of stages in shared memory;
 // one thread keeps it filled. All that a product makes stays in registers: of a product's result, rounded to bf16, the
@@ -19,8 +19,8 @@ constexpr int FORWARD_GROUPS = 1, FORWARD_BLOCKS = 5, KV_BLOCKS = 3, Q_BLOCKS = 
 constexpr int FORWARD_GROUPS = 2, FORWARD_BLOCKS = 2, KV_BLOCKS = 2, Q_BLOCKS = 2;
 #endif
 constexpr int STAGES = 2;
-// The first warpgroup leaves out the last step, whose keys come after its queries.
-static_assert(STAGES >= FORWARD_GROUPS, "or a stage is waited for that nobody leaves");
+// The thread that fills is of the first warpgroup, which leaves out the last step: those keys come after its queries.
+static_assert(STAGES >= FORWARD_GROUPS, "or nobody fills a stage for it");
 
 constexpr int GROUP = 128;       // threads
 constexpr int ROWS = 64;         // of a warpgroup, of a box, and of a stage
@@ -43,7 +43,7 @@ struct Task {
     int head, b, column, share;  // share: 0 has the longest way to go
 
     __device__ __forceinline__ Task(int B, int NH, int shares, int tail) {
-        const int before = (B * NH - tail) * shares, block = blockIdx.x;
+        const int before = (B * NH - tail) * shares, block = blockIdx.x;  // all of them, if tail is 0
         head = block < before ? block / shares : B * NH - tail + (block - before) % tail;
         share = block < before ? block % shares : (block - before) / tail;
         b = head / NH;
@@ -93,7 +93,6 @@ __device__ __forceinline__ void add_product(Tile<HS>& tile, const unsigned (&a)[
 __device__ __forceinline__ Pack
 store_tile(bf16* head, size_t pitch, int first, int T, bf16* rows, const Tile<HS>& tile, float scale0, float scale1) {
     const int lane = threadIdx.x % WARP, mine = threadIdx.x / WARP % 4 * 16;
-    __syncwarp();  // the other lanes may still read what lay there
 #pragma unroll
     for (int n = 0; n < HS / 8; n++) {
         const int row = mine + tile_row(), column = 2 * (lane % 4);
@@ -122,10 +121,7 @@ store_tile(bf16* head, size_t pitch, int first, int T, bf16* rows, const Tile<HS
 template <int TILES>
 struct ColumnSums {
     __align__(16) float x[GROUP / WARP][TILES][HS];
-    Barrier complete;
 
-    // The thread that makes the ring, before it does.
-    __device__ __forceinline__ void make() { barrier_make(complete, GROUP); }
     // A warp, of what store_tile returned.
     __device__ __forceinline__ void put(int tile, Pack sum) {
         const int lane = threadIdx.x % WARP;
@@ -133,14 +129,13 @@ struct ColumnSums {
         for (int offset = PACKS; offset < WARP; offset *= 2)  // the lanes that have the same columns of other rows
 #pragma unroll
             for (int i = 0; i < PACK; i++) sum.x[i] += __shfl_xor_sync(ALL_LANES, sum.x[i], offset);
-        if (lane < PACKS) store(x[threadIdx.x / WARP % 4][tile] + lane * PACK, sum);
+        if (lane < PACKS) store(x[threadIdx.x / WARP][tile] + lane * PACK, sum);
     }
-    // The warpgroup, once: the sums over its 64 rows. `out`: the first tile's columns, those of the next C behind.
+    // A block of one warpgroup: the sums over its 64 rows. `out`: the first tile's columns, those of the next C behind.
     __device__ __forceinline__ void store_sums(float* out, int C) {
-        barrier_arrive(complete);  // every thread: each has the others' writes before it then
-        barrier_wait(complete, 0);
+        __syncthreads();
 #pragma unroll
-        for (int i = threadIdx.x % GROUP; i < TILES * HS; i += GROUP) {
+        for (int i = threadIdx.x; i < TILES * HS; i += GROUP) {
             float sum = 0.0f;
 #pragma unroll
             for (int warp = 0; warp < GROUP / WARP; warp++) sum += x[warp][i / HS][i % HS];
@@ -166,18 +161,21 @@ struct Ring {
         }
         __syncthreads();
     }
-    // One thread: has fill(step, stage, full) called for the first of so many steps,
+    // The thread that fills: has fill(step, stage, full) called for the first of so many steps.
     template <typename Fill>
     __device__ __forceinline__ void begin(unsigned steps, Fill fill) {
         for (unsigned step = 0; step < min(STAGES, steps); step++) fill(step, step, full[step]);
     }
-    // and, in each step, for the stage of the step before, once the others have left that too.
+    // A warp, in each step: the thread that fills has it called for the stage of the step before, once the others have
+    // left that too.
     template <typename Fill>
-    __device__ __forceinline__ void go_on(unsigned step, unsigned steps, Fill fill) {
+    __device__ __forceinline__ void go_on(bool fills, unsigned step, unsigned steps, Fill fill) {
         const unsigned next = step - 1 + STAGES, stage = next % STAGES;
-        if (step == 0 || next >= steps) return;
-        barrier_wait(empty[stage], next / STAGES - 1 & 1);
-        fill(next, stage, full[stage]);
+        if (fills && step > 0 && next < steps) {
+            barrier_wait(empty[stage], next / STAGES - 1 & 1);
+            fill(next, stage, full[stage]);
+        }
+        __syncwarp();
     }
     __device__ __forceinline__ void wait_full(unsigned step) { barrier_wait(full[step % STAGES], step / STAGES & 1); }
     // A warp is through with a stage.
@@ -247,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS* GROUP, FORWARD_BLOC
         products_begin();
         multiply_transposed(s, q_factor, behind(k_factor, now));
         products_commit();
-        if (fills) ring.go_on(step, all_steps, fill);
+        ring.go_on(fills, step, all_steps, fill);
         products_wait<0>();
         products_done(s.x);
 
@@ -314,17 +312,26 @@ extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS* GROUP, FORWARD_BLOC
     }
 }
 
-// D = sum_hs(dout * out) of a row, by the four lanes that share it in a tile; dout lies in shared memory.
-__device__ __forceinline__ float row_dot(const bf16* dy, int row, const bf16* out) {
-    float sum = 0.0f;
+// A row of a head, shared out among the four lanes that have it in a tile.
+struct Row {
+    Pack x[PACKS / 4];
+
+    __device__ __forceinline__ explicit Row(const bf16* row) {
 #pragma unroll
-    for (int c = threadIdx.x % 4 * PACK; c < HS; c += 4 * PACK) {
-        const Pack p = load(dy + place(row, c)), q = load(out + c);
-#pragma unroll
-        for (int i = 0; i < PACK; i++) sum += p.x[i] * q.x[i];
+        for (int i = 0; i < PACKS / 4; i++) x[i] = load(row + (4 * i + threadIdx.x % 4) * PACK);
     }
-    return row_sum(sum);
-}
+    // sum_hs(x * y), y a row of 64 in shared memory.
+    __device__ __forceinline__ float dot(const bf16* rows, int row) const {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < PACKS / 4; i++) {
+            const Pack y = load(rows + place(row, (4 * i + threadIdx.x % 4) * PACK));
+#pragma unroll
+            for (int j = 0; j < PACK; j++) sum += x[i].x[j] * y.x[j];
+        }
+        return row_sum(sum);
+    }
+};
 
 // The gradients of 64 queries of a head, and what backward over keys has to know of them: ceil(T / 64) B NH blocks.
 extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_backward_q(
@@ -350,7 +357,6 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
     const int first = block * ROWS, steps = block + 1;
     const FillKeys fill = {k, v, qkv, C, column, b};
     const bool fills = threadIdx.x == 0;
-    if (fills) sums.make();
     ring.make(GROUP / WARP, queries);
     if (fills) {
         barrier_arrive_expecting(queries, 2 * HEAD_BYTES);
@@ -365,9 +371,10 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
     const bf16* const head_out = out + static_cast<size_t>(b) * T * C + column;
     // Of rows beyond T P is zero; as dout is, any row of out will do.
     const float lse0 = row0 < T ? head_lse[row0] * LOG2E : INF, lse1 = row1 < T ? head_lse[row1] * LOG2E : INF;
+    const Row out0(head_out + static_cast<size_t>(min(row0, T - 1)) * C);
+    const Row out1(head_out + static_cast<size_t>(min(row1, T - 1)) * C);
     barrier_wait(queries, 0);
-    const float D0 = row_dot(dy, row, head_out + static_cast<size_t>(min(row0, T - 1)) * C);
-    const float D1 = row_dot(dy, row + 8, head_out + static_cast<size_t>(min(row1, T - 1)) * C);
+    const float D0 = out0.dot(dy, row), D1 = out1.dot(dy, row + 8);
     if (threadIdx.x % 4 == 0) {
         float* const mine = statistics + (head * blocks + block) * 2 * ROWS + row;
         mine[0] = lse0;
@@ -389,7 +396,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
         products_begin();
         multiply_transposed(ds, dy_factor, behind(v_factor, now));
         products_commit();
-        if (fills) ring.go_on(step, steps, fill);
+        ring.go_on(fills, step, steps, fill);
         products_wait<1>();
         products_done(p.x);
 #pragma unroll
@@ -465,7 +472,6 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
         copy_bytes(queries[stage], of_head + 2 * start, BYTES, full);
     };
     const bool fills = threadIdx.x == 0;
-    if (fills) sums.make();
     ring.make(GROUP / WARP, keys);
     if (fills) {
         barrier_arrive_expecting(keys, 2 * HEAD_BYTES);
@@ -489,7 +495,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
         products_begin();
         multiply_transposed(ds, v_factor, behind(dy_factor, now));
         products_commit();
-        if (fills) ring.go_on(step, steps, fill);
+        ring.go_on(fills, step, steps, fill);
         products_wait<1>();
         products_done(p.x);
 #pragma unroll

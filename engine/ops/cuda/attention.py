@@ -19,7 +19,7 @@ THREADS = 128  # for them
 for_hopper = False
 FORWARD_GROUPS = {64: 1, 128: 2}  # of ROWS rows each, in a block, by head size, as in that file; one backward
 STAGES = 2
-ROOM = {  # for blocks at a time, on the 132 multiprocessors of an H100
+ROOM = {  # for blocks at a time, on the 132 multiprocessors of an H100 SXM: it decides nothing but their order
     64: {"forward": 5 * 132, "backward_kv": 3 * 132, "backward_q": 4 * 132},
     128: {"forward": 2 * 132, "backward_kv": 2 * 132, "backward_q": 2 * 132},
 }
