@@ -7,8 +7,9 @@ So a wrong transpose, leading dimension, epilogue or addend shows here, on the C
 import ctypes
 import json
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from types import MappingProxyType, SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -65,18 +66,34 @@ class Attributes:
         return self._numbers(name)
 
 
+class Variant(NamedTuple):
+    """An algorithm with all that is set of it, named as cublasLt names it; by default as the stand-in's are."""
+
+    ID: int
+    TILE_ID: int
+    SPLITK_NUM: int = 1
+    REDUCTION_SCHEME: int = 0
+    STAGES_ID: int = 0
+    CUSTOM_OPTION: int = 0
+    CTA_SWIZZLING: int = 0
+    CLUSTER_SHAPE_ID: int = 2
+
+
 class StandIn:
     """As much of nvmath.bindings.cublasLt as is called, with a clock that each algorithm takes its time by.
 
     It proposes the algorithms 1, which it can't do, and those of `proposed`, with those of `rounding` before them where
-    partial sums need not be added in fp32; each takes the seconds in `speeds`.
+    partial sums need not be added in fp32; each takes the seconds in `speeds`. An algorithm is a number, of which
+    nothing but itself is known, or a Variant. Those of numbers in `capabilities` can be varied, by default none.
     """
 
     cuBLASLtError = type("cuBLASLtError", (Exception,), {})
     MatmulAlgoConfigAttribute = Attributes(lambda name: name)
 
+    MatmulAlgoCapAttribute = Attributes(lambda name: name)
+    ClusterShape = Attributes(lambda name: {"SHAPE_AUTO": 0, "SHAPE_1x1x1": 2, "SHAPE_2x1x1": 3}.get(name, 99))
     MatmulDescAttribute, MatmulPreferenceAttribute, Epilogue = Attributes(), Attributes(), Attributes()
-    ReductionScheme = MappingProxyType({"COMPUTE_TYPE": 2, "MASK": 7})
+    ReductionScheme = MappingProxyType({"NONE": 0, "COMPUTE_TYPE": 2, "MASK": 7})
     matmul_heuristic_result_dtype = np.dtype(
         [("algo", [("data_", "<u8", (8,))]), ("workspace_size", "<u8"), ("state", "<i4")]
     )
@@ -92,6 +109,11 @@ class StandIn:
         self.ran = []  # algorithms, in order
         self.refused = set()
         self.needed = {}  # bytes of workspace, by algorithm
+        self.failing = set()  # these pass every check, and don't run
+        self.capabilities = {}  # by number, then name: lists
+        self.clusters = {2}  # that can be
+        self.unknown = set()  # names and values that can't be set
+        self.out_types = {}  # by number: of the multiply that it was last begun for
 
     def get_version(self):
         return self.version
@@ -128,29 +150,68 @@ class StandIn:
         proposed = {2: self.proposed, 7: [*self.rounding, *self.proposed]}[reductions]
         n = 1 + len(proposed)
         found["state"][:n] = [15] + [0] * len(proposed)  # the first is not supported
-        found["algo"]["data_"][:n, 0] = [1, *proposed]
+        for record, algorithm in zip(found["algo"]["data_"], [1, *proposed], strict=False):
+            record[: np.size(algorithm)] = algorithm
         at(count, np.int32, 1)[0] = n
         self.plans += 1
 
-    def matmul_algo_check(self, handle, description, a, b, c, d, algo, result):
-        assert isinstance(self.objects[description], dict)
-        number = int(at(algo, np.uint64, 1)[0])
-        if number in self.refused:
+    @staticmethod
+    def _named(algo):
+        """What the tests call it."""
+        found = Variant(*(int(each) for each in at(algo, np.uint64, 8)))
+        return found if any(found[1:]) else found.ID
+
+    def matmul_algo_init(self, handle, compute, scale, a, b, c, d, number, algo):
+        assert (compute, scale, a, b) == (68, 0, 14, 14)
+        assert c == d
+        if number not in self.capabilities:
             raise self.cuBLASLtError
-        at(result, self.matmul_heuristic_result_dtype, 1)["workspace_size"] = self.needed.get(number, 0)
+        at(algo, np.uint64, 8)[:] = [number] + [0] * 7
+        self.out_types[number] = TYPES[d]
+
+    def matmul_algo_cap_get_attribute(self, algo, attribute, buffer, size, written):
+        known = self.capabilities[self._named(algo)]
+        if attribute not in known:
+            raise self.cuBLASLtError
+        values = np.array(known[attribute], np.int32)
+        assert size >= values.nbytes
+        at(buffer, np.int32, len(values))[:] = values
+        at(written, np.uint64, 1)[0] = values.nbytes
+
+    def matmul_algo_config_set_attribute(self, algo, attribute, buffer, size):
+        dtype = self.get_matmul_algo_config_attribute_dtype(attribute)
+        assert size == np.dtype(dtype).itemsize
+        value = int(at(buffer, dtype, 1)[0])
+        if (attribute, value) in self.unknown:
+            raise self.cuBLASLtError
+        at(algo, np.uint64, 8)[Variant._fields.index(attribute)] = value
+
+    def matmul_algo_check(self, handle, description, a, b, c, d, algo, result):
+        told, named = self.objects[description], self._named(algo)
+        assert told["EPILOGUE"] not in (4, 164) or told["BIAS_POINTER"] % 16 == 0
+        assert told["EPILOGUE"] not in (164, 192) or told["EPILOGUE_AUX_POINTER"] % 16 == 0
+        if named in self.refused:
+            raise self.cuBLASLtError
+        if isinstance(named, Variant):
+            assert self.objects[d][0] == self.out_types[named.ID]
+            if named.CLUSTER_SHAPE_ID not in self.clusters:
+                raise self.cuBLASLtError
+        at(result, self.matmul_heuristic_result_dtype, 1)["workspace_size"] = self.needed.get(named, 0)
 
     def get_matmul_algo_config_attribute_dtype(self, attribute):
         return {"CLUSTER_SHAPE_ID": np.uint16}.get(attribute, np.uint32)
 
     def matmul_algo_config_get_attribute(self, algo, attribute, buffer, size, written):
         assert size == np.dtype(self.get_matmul_algo_config_attribute_dtype(attribute)).itemsize
-        at(buffer, self.get_matmul_algo_config_attribute_dtype(attribute), 1)[0] = (
-            at(algo, np.uint64, 1)[0] if attribute == "ID" else 7
-        )
+        named = self._named(algo)
+        known = named._asdict() if isinstance(named, Variant) else {"ID": named}
+        at(buffer, self.get_matmul_algo_config_attribute_dtype(attribute), 1)[0] = known.get(attribute, 7)
 
     def matmul(self, handle, description, alpha, a, la, b, lb, beta, c, lc, d, ld, algo, workspace, nbytes, stream):
         told = self.objects[description]
-        self.ran.append(int(at(algo, np.uint64, 1)[0]))
+        self.ran.append(self._named(algo))
+        if self.ran[-1] in self.failing:
+            raise self.cuBLASLtError
         self.clock += self.speeds[self.ran[-1]] + self.delays[told["EPILOGUE"]]
         assert at(alpha, F32, 1)[0] == 1
         x = self._matrix(a, la).astype(F32)
@@ -339,6 +400,150 @@ def test_a_table_tells_people_what_was_chosen_and_what_it_gains(stand_in):
     assert bytes.fromhex(record.pop("algo")) == np.array([3] + [0] * 7, np.uint64).tobytes()
     assert (record.pop("id"), record.pop("us"), record.pop("first_us")) == (3, 2.0, 9.0)
     assert record == dict.fromkeys(("tile_id", "stages_id", "splitk_num", "reduction_scheme", "cluster_shape_id"), 7)
+
+
+VARIANT = Variant(2, TILE_ID=11)
+
+
+def varied(stand_in, **capabilities):
+    """The stand-in with 2 and 3 proposed, which take 2 us, and 2 to be had with other tiles, which take 3."""
+    stand_in.speeds = defaultdict(lambda: 3e-6, {2: 2e-6, 3: 2e-6})
+    stand_in.capabilities = {2: {"TILE_IDS": [10, 11, 12]} | capabilities}
+    return stand_in
+
+
+def variants_run(stand_in):
+    """In the order of their first run."""
+    return [each for each in dict.fromkeys(stand_in.ran) if isinstance(each, Variant)]
+
+
+def test_a_variant_faster_than_every_proposal_is_chosen_and_followed(stand_in):
+    varied(stand_in).speeds[VARIANT] = 1.5e-6
+    table = cublaslt.tune([SMALL, OTHER], {}, nothing)
+    for record in table["algorithms"].values():
+        assert (record["id"], record["tile_id"], record["us"], record["first_us"]) == (2, 11, 1.5, 2.0)
+    stand_in.ran.clear()
+    cublaslt.use(json.loads(json.dumps(table)))
+    out, a, b, bias = put(np.zeros((5, 7))), put(np.ones((5, 3))), put(np.ones((7, 3))), put(np.zeros(7))
+    cublaslt.matmul(out, a, b, transpose_b=True, bias=bias)
+    assert stand_in.ran == [VARIANT]
+
+
+@pytest.mark.parametrize(("seconds", "choice"), [(1.99e-6, 2), (1.97e-6, VARIANT)])
+def test_a_proposal_wins_a_tie_with_variants(stand_in, seconds, choice):
+    """Even with more of them than stay in the race."""
+    tiles = list(range(10, 11 + 2 * race.MOST))
+    varied(stand_in, TILE_IDS=tiles).speeds.update({Variant(2, tile): seconds for tile in tiles})
+    (record,) = cublaslt.tune([SMALL], {}, nothing)["algorithms"].values()
+    assert (record["tile_id"] == 7) == (choice == 2)
+    assert record["first_us"] == 2.0
+
+
+def test_proposals_run_first_then_variants_of_their_tiles_then_the_rest_the_same_way_each_time(stand_in):
+    tiles = list(range(10, 30))
+    varied(stand_in, TILE_IDS=tiles, CUSTOM_OPTION_MAX=[2], CTA_SWIZZLING_SUPPORT=[1], STAGES_IDS=[4, 5])
+    proposed = Variant(2, 25), Variant(2, 26, STAGES_ID=5)
+    stand_in.proposed = [proposed[0], 3, proposed[1]]
+    cublaslt.tune([SMALL], {}, nothing)
+    first = list(dict.fromkeys(stand_in.ran))
+    assert first[:3] == [proposed[0], 3, proposed[1]]
+    settings = [(stages, custom, swizzled) for stages in (4, 5) for custom in (0, 1, 2) for swizzled in (0, 1)]
+    near, far = first[3:26], first[26:]
+    every = {Variant(2, tile, 1, 0, *setting) for tile in tiles for setting in settings}
+    assert {*near, *far} == every - set(proposed)  # of the proposals, the second is a variant too: it is not run twice
+    assert Counter(stand_in.ran) == {each: race.ROUNDS if each == 3 else race.FIRST_ROUNDS for each in first}
+    assert {each.TILE_ID for each in near} == {25, 26}
+    assert {25, 26}.isdisjoint(each.TILE_ID for each in far)
+    assert {each[4:7] for each in far[:60]} == set(settings)  # so a budget takes some of every kind
+    assert len({each.TILE_ID for each in far[:60]}) > 9
+    for operation in (SMALL, OTHER):
+        stand_in.ran.clear()
+        cublaslt._library().fastest(operation)
+        assert list(dict.fromkeys(stand_in.ran)) == first
+
+
+@pytest.mark.parametrize("K", [cublaslt.LONG_SUM - 1, cublaslt.LONG_SUM])
+def test_no_variant_rounds_partial_sums_and_only_long_sums_are_split(stand_in, K):
+    """Even if proposals did round: the variants take nothing of that."""
+    stand_in.proposed = [Variant(2, 10, SPLITK_NUM=4, REDUCTION_SCHEME=4), Variant(2, 10, SPLITK_NUM=3)]
+    varied(stand_in).rounding = [Variant(2, 10, SPLITK_NUM=5, REDUCTION_SCHEME=1)]
+    cublaslt.tune([SMALL._replace(K=K)], {}, nothing)
+    variants = set(variants_run(stand_in)) - set(stand_in.proposed)
+    splits = {(1, 0), (3, 2), (4, 2)} if K == cublaslt.LONG_SUM else {(1, 0)}
+    assert variants == {Variant(2, tile, *split) for tile in (10, 11, 12) for split in splits}
+
+
+@pytest.mark.parametrize("trouble", ["cluster", "check", "workspace", "setting", "algorithm", "none"])
+def test_a_variant_that_cublaslt_refuses_is_never_run(stand_in, trouble):
+    varied(stand_in).speeds[VARIANT] = 1e-6
+    needed = cublaslt.WORKSPACE_BYTES + (trouble == "workspace")
+    stand_in.needed = {VARIANT: needed}
+    stand_in.clusters = {0, 3} if trouble == "cluster" else {2}
+    stand_in.refused = {VARIANT} if trouble == "check" else set()
+    stand_in.unknown = {("TILE_ID", 11)} if trouble == "setting" else set()
+    stand_in.capabilities |= {3: stand_in.capabilities.pop(2)} if trouble == "algorithm" else {}
+    cases = [SMALL._replace(epilogue=name) for name in EPILOGUES]
+    table = cublaslt.tune([*cases, OTHER], {}, nothing)
+    assert (VARIANT in stand_in.ran) == (trouble == "none")
+    assert {record["tile_id"] for record in table["algorithms"].values()} == {11 if trouble == "none" else 7}
+    if trouble == "cluster":
+        assert {each.CLUSTER_SHAPE_ID for each in variants_run(stand_in)} == {0, 3}
+
+
+def test_an_algorithm_of_which_nothing_is_said_is_varied_in_its_clusters_alone(stand_in):
+    varied(stand_in).capabilities = {2: {}}
+    stand_in.clusters = {0, 2}
+    cublaslt.tune([SMALL], {}, nothing)
+    assert set(variants_run(stand_in)) == {Variant(2, 0), Variant(2, 0, CLUSTER_SHAPE_ID=0)}
+
+
+def test_a_variant_that_fails_is_out_of_the_race(stand_in):
+    varied(stand_in).speeds.update({VARIANT: 1e-6, Variant(2, 12): 1.5e-6})
+    stand_in.failing = {VARIANT}
+    (record,) = cublaslt.tune([SMALL], {}, nothing)["algorithms"].values()
+    assert (record["tile_id"], record["us"]) == (12, 1.5)
+    assert stand_in.ran.count(VARIANT) == 1
+    new_process()
+    stand_in.capabilities, stand_in.failing = {}, {3}
+    with pytest.raises(stand_in.cuBLASLtError):  # what is proposed has to work
+        cublaslt._library().fastest(SMALL)
+
+
+def test_a_way_that_fails_late_loses(stand_in):
+    def fails_later():
+        stand_in.clock += 1
+        if stand_in.clock > 12:
+            raise race.FailedError
+
+    def works():
+        stand_in.clock += 1.2
+
+    assert race.fastest([fails_later, works]) == (1, [np.inf, pytest.approx(1.2)])
+
+
+@pytest.mark.parametrize(("M", "count"), [(5, 100), (1_000_000, 50)])
+def test_a_budget_bounds_how_many_variants_run(stand_in, monkeypatch, M, count):
+    """The larger the multiply, the fewer."""
+    varied(stand_in, TILE_IDS=list(range(1000)))
+    monkeypatch.setattr(cublaslt, "SEARCH_SECONDS", 100.5 * race.FIRST_ROUNDS * cublaslt.PAUSE)
+    operation = SMALL._replace(M=M, K=8, N=int(cublaslt.PAUSE * cublaslt.FLOPS / 16e6))
+    library = cublaslt._library()
+    proposals = library._candidates(operation, plan := library._describe(operation))
+    assert len(library._variants(operation, plan, proposals)) == count
+    monkeypatch.setattr(cublaslt, "CHECKS", 22)
+    assert 0 < len(library._variants(operation, plan, proposals)) < 22  # of some ten clusters, one can be
+
+
+def test_only_the_fastest_go_on_after_the_first_rounds(stand_in):
+    tiles = list(range(10, 12 + 2 * race.MOST))
+    varied(stand_in, TILE_IDS=tiles).speeds.update({Variant(2, tile): (2 - tile / 1000) * 1e-6 for tile in tiles})
+    (record,) = cublaslt.tune([SMALL], {}, nothing)["algorithms"].values()
+    runs = Counter(stand_in.ran)
+    went_on = {each for each, count in runs.items() if count == race.ROUNDS}
+    assert len(went_on) == race.MOST
+    assert {count for each, count in runs.items() if each not in went_on} == {race.FIRST_ROUNDS}
+    assert went_on == {Variant(2, tile) for tile in tiles[-race.MOST :]}
+    assert 56 <= record["tile_id"]  # within TIE of the fastest
 
 
 def test_what_was_chosen_is_kept_on_the_disk(stand_in, tmp_path):

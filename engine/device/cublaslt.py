@@ -3,14 +3,16 @@
 Operands are row-major, as everywhere else; cublasLt's are column-major. A row-major (M,N) is a column-major (N,M), so
 out = a b is asked for as out^T = b^T a^T: the operands change places, and no data moves.
 
-Many algorithms can do a multiply, each with sums in its own order. `tune` times those that cublasLt proposes and gives
-a table of the fastest; `use` makes it what is followed from then on. What is in no table takes cublasLt's first
-proposal. A table, a GPU and a version of cublasLt fix every bit of the results. What else is chosen by the time that
-multiplies take, the table holds too.
+Many algorithms can do a multiply, each with sums in its own order. `tune` times those that cublasLt proposes, and
+variants of them, and gives a table of the fastest; `use` makes it what is followed from then on. What is in no table
+takes cublasLt's first proposal. A table, a GPU and a version of cublasLt fix every bit of the results. What else is
+chosen by the time that multiplies take, the table holds too.
 """
 
 import hashlib
+import itertools
 import json
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -33,6 +35,14 @@ CUDA_TYPES = {np.dtype(np.float32): 0, BF16: 14}
 WITH_BIAS, WITH_AUX = ("BIAS", "GELU_AUX_BIAS"), ("DGELU", "GELU_AUX_BIAS")  # epilogues
 CANDIDATES = 32
 ALIGNMENT = 256  # bytes: what cublasLt chooses algorithms for unless it is told
+
+# What a variant sets of an algorithm, in the order that `_variants` gives the values in.
+SETTINGS = ("TILE_ID", "STAGES_ID", "CUSTOM_OPTION", "CTA_SWIZZLING", "CLUSTER_SHAPE_ID", "SPLITK_NUM")
+CLUSTERS = ("AUTO", "1x1x1", "2x1x1", "1x2x1", "2x2x1", "4x1x1", "1x4x1", "4x2x1", "2x4x1", "8x1x1", "1x8x1")
+LONG_SUM = 8192  # from this K on, variants too split it
+CHECKS = 20_000  # variants that cublasLt is asked about at most, for each multiply: 0.06 ms each
+SEARCH_SECONDS = 1.0  # that the variants of a multiply may take in the rounds that all run in
+FLOPS, PAUSE = 5e14, 2e-4  # roughly, of a fast multiply in a second, and the seconds between two that are timed
 
 
 class Operation(NamedTuple):
@@ -248,8 +258,10 @@ class _Library:
 
     def accepts(self, op: Operation, digits: str) -> bool:
         """Whether cublasLt can do it with this algorithm."""
-        lt, plan, algorithm = self._lt, self._describe(op), self._algorithm(digits)
-        attributes = lt.MatmulDescAttribute
+        return self._can_run(op, self._describe(op), self._algorithm(digits))
+
+    def _can_run(self, op: Operation, plan: Plan, algorithm: Any) -> bool:
+        lt, attributes = self._lt, self._lt.MatmulDescAttribute
         for attribute, epilogues in ((attributes.BIAS_POINTER, WITH_BIAS), (attributes.EPILOGUE_AUX_POINTER, WITH_AUX)):
             if op.epilogue in epilogues:  # any address will do, until there is one to compute with
                 self._set(plan.description, attribute, self._workspace.data.ptr)
@@ -262,25 +274,31 @@ class _Library:
         return bool(result["workspace_size"][0] <= WORKSPACE_BYTES)
 
     def fastest(self, op: Operation) -> dict[str, Any]:
-        """The fastest of cublasLt's proposals, for a table: its digits, and for people what it is, its microseconds and
-        those of the first proposal.
+        """The fastest of cublasLt's proposals and their variants, for a table: its digits, and for people what it is,
+        its microseconds and those of the first proposal.
         """
         plan = self._describe(op)
-        candidates = self._candidates(op, plan)
-        best, medians = self._race(op, [plan._replace(algorithm=candidate) for candidate in candidates])
+        proposals = self._candidates(op, plan)
+        variants = self._variants(op, plan, proposals)
+        best, medians = self._race(op, plan, proposals, variants)
+        algorithm = [*proposals, *variants][best]
         times = {"us": round(medians[best] * 1e6, 1), "first_us": round(medians[0] * 1e6, 1)}
-        return {"algo": candidates[best].tobytes().hex()} | self._settings(candidates[best]) | times
+        return {"algo": algorithm.tobytes().hex()} | self._settings(algorithm) | times
 
     def fastest_by_reduction(self, op: Operation) -> tuple[float, float]:
         plan = self._describe(op)
         taken = self._candidates(op, plan)
         known = {candidate.tobytes() for candidate in taken}
         others = [each for each in self._candidates(op, plan, "MASK") if each.tobytes() not in known]
-        _, medians = self._race(op, [plan._replace(algorithm=candidate) for candidate in (*taken, *others)])
+        _, medians = self._race(op, plan, [*taken, *others])
         return min(medians[: len(taken)]) * 1e6, min(medians) * 1e6
 
-    def _race(self, op: Operation, plans: list[Plan]) -> tuple[int, list[float]]:
-        """Of these plans, as `race.fastest`; the first, which cublasLt estimates to be the fastest, wins ties."""
+    def _race(
+        self, op: Operation, plan: Plan, proposals: Sequence[Any], variants: Sequence[Any] = ()
+    ) -> tuple[int, list[float]]:
+        """Of these algorithms, as `race.fastest`; the first, which cublasLt estimates to be the fastest, wins ties. A
+        variant that fails loses.
+        """
         operands = (
             race.noise((op.M, op.N), op.dtype),
             race.noise((op.M * op.K,), BF16),
@@ -289,7 +307,76 @@ class _Library:
             race.noise((op.N,), BF16) if op.epilogue in WITH_BIAS else None,
             race.noise((op.M, op.N), BF16) if op.epilogue in WITH_AUX else None,
         )
-        return race.fastest([partial(self._launch, plan, *operands) for plan in plans])
+
+        def attempt(plan: Plan) -> None:
+            try:
+                self._launch(plan, *operands)
+            except self._lt.cuBLASLtError as error:
+                raise race.FailedError from error
+
+        ways = [partial(self._launch, plan._replace(algorithm=each), *operands) for each in proposals]
+        return race.fastest([*ways, *(partial(attempt, plan._replace(algorithm=each)) for each in variants)])
+
+    def _variants(self, op: Operation, plan: Plan, proposals: Sequence[Any]) -> list[Any]:
+        """The proposed algorithms in other settings that cublasLt accepts, as many as SEARCH_SECONDS allow: those of a
+        proposed tile first, apart from that in a random order that is always the same. None rounds partial sums.
+        """
+        proposed = [self._settings(algorithm) for algorithm in proposals]
+        clusters = [int(self._lt.ClusterShape[f"SHAPE_{shape}"]) for shape in CLUSTERS]
+        splits = {1} | {each["splitk_num"] for each in proposed if each["splitk_num"] > 1 and op.K >= LONG_SUM}
+        choices: list[tuple[int, ...]] = []
+        bare = {}
+        for number in sorted({each["id"] for each in proposed}):
+            with suppress(self._lt.cuBLASLtError):  # it cannot be had by its number
+                bare[number] = algorithm = self._bare(op, number)
+                tiles, stages = (self._capability(algorithm, name) for name in ("TILE_IDS", "STAGES_IDS"))
+                custom, swizzled = (
+                    range(self._capability(algorithm, name)[0] + 1)
+                    for name in ("CUSTOM_OPTION_MAX", "CTA_SWIZZLING_SUPPORT")
+                )
+                choices += itertools.product([number], tiles, stages, custom, swizzled, clusters, sorted(splits))
+        random.Random(0).shuffle(choices)
+        likely = {(each["id"], each["tile_id"]) for each in proposed}
+        choices.sort(key=lambda choice: choice[:2] not in likely)
+
+        seconds = race.FIRST_ROUNDS * (2 * op.M * op.N * op.K / FLOPS + PAUSE)
+        known = {algorithm.tobytes() for algorithm in proposals}
+        found: list[Any] = []
+        for number, *values in choices[:CHECKS]:
+            if (len(found) + 1) * seconds > SEARCH_SECONDS:
+                break
+            algorithm = bare[number].copy()
+            with suppress(self._lt.cuBLASLtError):  # it has no such setting
+                self._configure(algorithm, values)
+                if algorithm.tobytes() not in known and self._can_run(op, plan, algorithm):
+                    found.append(algorithm)
+        return found
+
+    def _bare(self, op: Operation, number: int) -> Any:
+        """The algorithm of this number, with nothing set."""
+        algorithm = np.zeros(1, self._lt.matmul_heuristic_result_dtype["algo"])
+        types = [CUDA_TYPES[dtype] for dtype in (np.dtype(np.float32), BF16, BF16, op.dtype, op.dtype)]
+        self._lt.matmul_algo_init(self._handle, COMPUTE_32F, *types, number, algorithm.ctypes.data)
+        return algorithm
+
+    def _capability(self, algorithm: Any, name: str) -> list[int]:
+        """What cublasLt says of it, a list or one number; [0], which is what is set by default, if it says nothing."""
+        lt, found, written = self._lt, np.zeros(4096, np.int32), np.zeros(1, np.uint64)
+        with suppress(lt.cuBLASLtError):
+            attribute = lt.MatmulAlgoCapAttribute[name]
+            lt.matmul_algo_cap_get_attribute(
+                algorithm.ctypes.data, attribute, found.ctypes.data, found.nbytes, written.ctypes.data
+            )
+        return found[: int(written[0]) // found.itemsize].tolist() or [0]
+
+    def _configure(self, algorithm: Any, values: Sequence[int]) -> None:
+        """Gives it these SETTINGS; partial sums, if there are any, are kept in fp32."""
+        lt, splits = self._lt, values[SETTINGS.index("SPLITK_NUM")]
+        reduction = int(lt.ReductionScheme["COMPUTE_TYPE" if splits > 1 else "NONE"])
+        for name, value in zip((*SETTINGS, "REDUCTION_SCHEME"), (*values, reduction), strict=True):
+            attribute = lt.MatmulAlgoConfigAttribute[name]
+            buffer = np.array([value], lt.get_matmul_algo_config_attribute_dtype(attribute))
+            lt.matmul_algo_config_set_attribute(algorithm.ctypes.data, attribute, buffer.ctypes.data, buffer.nbytes)
 
     def free_memory(self) -> None:
         """What a race took goes back to the GPU, where arrays of any size can have it."""
