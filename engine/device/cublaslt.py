@@ -41,7 +41,7 @@ SETTINGS = ("TILE_ID", "STAGES_ID", "CUSTOM_OPTION", "CTA_SWIZZLING", "CLUSTER_S
 CLUSTERS = ("AUTO", "1x1x1", "2x1x1", "1x2x1", "2x2x1", "4x1x1", "1x4x1", "4x2x1", "2x4x1", "8x1x1", "1x8x1")
 LONG_SUM = 8192  # from this K on, variants too split it
 CHECKS = 20_000  # variants that cublasLt is asked about at most, for each multiply: 0.06 ms each
-SEARCH_SECONDS = 1.0  # that the variants of a multiply may take in the rounds that all run in
+SEARCH_SECONDS = 0.5  # that the variants of a multiply may take in the rounds that all run in
 FLOPS, PAUSE = 5e14, 2e-4  # roughly, of a fast multiply in a second, and the seconds between two that are timed
 
 
