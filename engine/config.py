@@ -208,8 +208,9 @@ class RunConfig:
     gemm_search: str = option(
         "auto",
         "--gemm-search",
-        "auto: time cublasLt's algorithms for each matrix multiply, and -ge -1, once for a GPU; off: take its first",
-        choices=("auto", "off"),
+        "auto: time cublasLt's algorithms for each matrix multiply, and -ge -1, once for a GPU; full: and hundreds of "
+        "variants, which takes up to a minute; off: take its first",
+        choices=("auto", "full", "off"),
     )
     cuda_graph: str = option(
         "auto",

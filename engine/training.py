@@ -394,8 +394,10 @@ def tune_together(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """What rank 0 chooses by timing, or takes from the table `before`, and all ranks use: the same bits everywhere."""
-    wanted = run.gemm_search == "auto" and comm.rank == 0
-    chosen = operations.tune(dims, run.gelu_fusion, grad_dtype, accumulates, before, say) if wanted else {}
+    chosen = {}
+    if run.gemm_search != "off" and comm.rank == 0:
+        thorough = run.gemm_search == "full"
+        chosen = operations.tune(dims, run.gelu_fusion, grad_dtype, accumulates, before, say, thorough=thorough)
     table = json.loads(from_rank_0(comm, json.dumps(chosen).encode()))
     operations.use_tuning(table)
     return table

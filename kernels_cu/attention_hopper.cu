@@ -144,17 +144,17 @@ struct ColumnSums {
     }
 };
 
-// The ring of stages, for what comes in steps. A stage is full when its bytes are there, and empty when all warps have
-// left it.
+// The ring of stages, for what comes in steps. A stage is full when its bytes are there, and empty when all have left
+// it who use it.
 struct Ring {
     Barrier full[STAGES], empty[STAGES];
 
-    // All threads, of so many warps: and a barrier besides for what each warpgroup has for itself.
-    __device__ __forceinline__ void make(int warps, Barrier& own) {
+    // All threads: for so many calls of leave in a step, and a barrier besides for what each warpgroup has for itself.
+    __device__ __forceinline__ void make(int leavers, Barrier& own) {
         if (threadIdx.x == 0) {
             for (int i = 0; i < STAGES; i++) {
                 barrier_make(full[i], 1);
-                barrier_make(empty[i], warps);
+                barrier_make(empty[i], leavers);
             }
             barrier_make(own, 1);
             barriers_made();
@@ -178,10 +178,11 @@ struct Ring {
         __syncwarp();
     }
     __device__ __forceinline__ void wait_full(unsigned step) { barrier_wait(full[step % STAGES], step / STAGES & 1); }
-    // A warp is through with a stage.
-    __device__ __forceinline__ void leave(unsigned step) {
-        __syncwarp();
-        if (threadIdx.x % WARP == 0) barrier_arrive(empty[step % STAGES]);
+    // A thread is through with a stage.
+    __device__ __forceinline__ void leave(unsigned step) { barrier_arrive(empty[step % STAGES]); }
+    // A warp is, of which no thread has read anything but by products.
+    __device__ __forceinline__ void leave_together(unsigned step) {
+        if (threadIdx.x % WARP == 0) leave(step);
     }
 };
 
@@ -299,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS* GROUP, FORWARD_BLOC
         products_wait<0>();
         products_done(o.x);
         products_done(p);
-        ring.leave(step);
+        ring.leave_together(step);
     }
     total0 = row_sum(total0);
     total1 = row_sum(total1);
@@ -433,7 +434,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
         products_wait<0>();
         products_done(dq.x);
         products_done(left_ds);
-        ring.leave(step);
+        ring.leave_together(step);
     }
     const size_t pitch = 3 * static_cast<size_t>(C);
     sums.put(0, store_tile(dqkv + b * T * pitch + column, pitch, first, T, q, dq, scale, scale));
@@ -472,7 +473,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
         copy_bytes(queries[stage], of_head + 2 * start, BYTES, full);
     };
     const bool fills = threadIdx.x == 0;
-    ring.make(GROUP / WARP, keys);
+    ring.make(GROUP, keys);
     if (fills) {
         barrier_arrive_expecting(keys, 2 * HEAD_BYTES);
         load_rows(k, qkv, C + column, first, b, keys);
@@ -537,7 +538,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
         products_done(left_p);
         products_done(dk.x);
         products_done(left_ds);
-        ring.leave(step);
+        ring.leave(step);  // each thread: it has read lse and D
     }
     const size_t pitch = 3 * static_cast<size_t>(C);
     bf16* const dhead = dqkv + b * T * pitch + column;

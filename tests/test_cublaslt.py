@@ -8,6 +8,7 @@ import ctypes
 import json
 import sys
 from collections import Counter, defaultdict
+from functools import partial
 from types import MappingProxyType, SimpleNamespace
 from typing import NamedTuple
 
@@ -333,6 +334,9 @@ def chosen(table):
     return {name: record["id"] for name, record in table["algorithms"].items()}
 
 
+search = partial(cublaslt.tune, thorough=True)
+
+
 def new_process():
     """What one process knows goes; what lies on the disk stays."""
     cublaslt._library.cache_clear()
@@ -398,7 +402,7 @@ def test_a_table_tells_people_what_was_chosen_and_what_it_gains(stand_in):
     stand_in.proposed, stand_in.speeds = [2, 3, 4], Counter({2: 9e-6, 3: 2e-6, 4: 3e-6})
     (record,) = cublaslt.tune([SMALL], {}, nothing)["algorithms"].values()
     assert bytes.fromhex(record.pop("algo")) == np.array([3] + [0] * 7, np.uint64).tobytes()
-    assert (record.pop("id"), record.pop("us"), record.pop("first_us")) == (3, 2.0, 9.0)
+    assert (record.pop("id"), record.pop("us"), record.pop("first_us"), record.pop("thorough")) == (3, 2.0, 9.0, False)
     assert record == dict.fromkeys(("tile_id", "stages_id", "splitk_num", "reduction_scheme", "cluster_shape_id"), 7)
 
 
@@ -419,7 +423,7 @@ def variants_run(stand_in):
 
 def test_a_variant_faster_than_every_proposal_is_chosen_and_followed(stand_in):
     varied(stand_in).speeds[VARIANT] = 1.5e-6
-    table = cublaslt.tune([SMALL, OTHER], {}, nothing)
+    table = search([SMALL, OTHER], {}, nothing)
     for record in table["algorithms"].values():
         assert (record["id"], record["tile_id"], record["us"], record["first_us"]) == (2, 11, 1.5, 2.0)
     stand_in.ran.clear()
@@ -434,7 +438,7 @@ def test_a_proposal_wins_a_tie_with_variants(stand_in, seconds, choice):
     """Even with more of them than stay in the race."""
     tiles = list(range(10, 11 + 2 * race.MOST))
     varied(stand_in, TILE_IDS=tiles).speeds.update({Variant(2, tile): seconds for tile in tiles})
-    (record,) = cublaslt.tune([SMALL], {}, nothing)["algorithms"].values()
+    (record,) = search([SMALL], {}, nothing)["algorithms"].values()
     assert (record["tile_id"] == 7) == (choice == 2)
     assert record["first_us"] == 2.0
 
@@ -444,7 +448,7 @@ def test_proposals_run_first_then_variants_of_their_tiles_then_the_rest_the_same
     varied(stand_in, TILE_IDS=tiles, CUSTOM_OPTION_MAX=[2], CTA_SWIZZLING_SUPPORT=[1], STAGES_IDS=[4, 5])
     proposed = Variant(2, 25), Variant(2, 26, STAGES_ID=5)
     stand_in.proposed = [proposed[0], 3, proposed[1]]
-    cublaslt.tune([SMALL], {}, nothing)
+    search([SMALL], {}, nothing)
     first = list(dict.fromkeys(stand_in.ran))
     assert first[:3] == [proposed[0], 3, proposed[1]]
     settings = [(stages, custom, swizzled) for stages in (4, 5) for custom in (0, 1, 2) for swizzled in (0, 1)]
@@ -458,7 +462,7 @@ def test_proposals_run_first_then_variants_of_their_tiles_then_the_rest_the_same
     assert len({each.TILE_ID for each in far[:60]}) > 9
     for operation in (SMALL, OTHER):
         stand_in.ran.clear()
-        cublaslt._library().fastest(operation)
+        cublaslt._library().fastest(operation, True)
         assert list(dict.fromkeys(stand_in.ran)) == first
 
 
@@ -467,7 +471,7 @@ def test_no_variant_rounds_partial_sums_and_only_long_sums_are_split(stand_in, K
     """Even if proposals did round: the variants take nothing of that."""
     stand_in.proposed = [Variant(2, 10, SPLITK_NUM=4, REDUCTION_SCHEME=4), Variant(2, 10, SPLITK_NUM=3)]
     varied(stand_in).rounding = [Variant(2, 10, SPLITK_NUM=5, REDUCTION_SCHEME=1)]
-    cublaslt.tune([SMALL._replace(K=K)], {}, nothing)
+    search([SMALL._replace(K=K)], {}, nothing)
     variants = set(variants_run(stand_in)) - set(stand_in.proposed)
     splits = {(1, 0), (3, 2), (4, 2)} if K == cublaslt.LONG_SUM else {(1, 0)}
     assert variants == {Variant(2, tile, *split) for tile in (10, 11, 12) for split in splits}
@@ -483,7 +487,7 @@ def test_a_variant_that_cublaslt_refuses_is_never_run(stand_in, trouble):
     stand_in.unknown = {("TILE_ID", 11)} if trouble == "setting" else set()
     stand_in.capabilities |= {3: stand_in.capabilities.pop(2)} if trouble == "algorithm" else {}
     cases = [SMALL._replace(epilogue=name) for name in EPILOGUES]
-    table = cublaslt.tune([*cases, OTHER], {}, nothing)
+    table = search([*cases, OTHER], {}, nothing)
     assert (VARIANT in stand_in.ran) == (trouble == "none")
     assert {record["tile_id"] for record in table["algorithms"].values()} == {11 if trouble == "none" else 7}
     if trouble == "cluster":
@@ -493,20 +497,20 @@ def test_a_variant_that_cublaslt_refuses_is_never_run(stand_in, trouble):
 def test_an_algorithm_of_which_nothing_is_said_is_varied_in_its_clusters_alone(stand_in):
     varied(stand_in).capabilities = {2: {}}
     stand_in.clusters = {0, 2}
-    cublaslt.tune([SMALL], {}, nothing)
+    search([SMALL], {}, nothing)
     assert set(variants_run(stand_in)) == {Variant(2, 0), Variant(2, 0, CLUSTER_SHAPE_ID=0)}
 
 
 def test_a_variant_that_fails_is_out_of_the_race(stand_in):
     varied(stand_in).speeds.update({VARIANT: 1e-6, Variant(2, 12): 1.5e-6})
     stand_in.failing = {VARIANT}
-    (record,) = cublaslt.tune([SMALL], {}, nothing)["algorithms"].values()
+    (record,) = search([SMALL], {}, nothing)["algorithms"].values()
     assert (record["tile_id"], record["us"]) == (12, 1.5)
     assert stand_in.ran.count(VARIANT) == 1
     new_process()
     stand_in.capabilities, stand_in.failing = {}, {3}
     with pytest.raises(stand_in.cuBLASLtError):  # what is proposed has to work
-        cublaslt._library().fastest(SMALL)
+        cublaslt._library().fastest(SMALL, True)
 
 
 def test_a_way_that_fails_late_loses(stand_in):
@@ -537,13 +541,27 @@ def test_a_budget_bounds_how_many_variants_run(stand_in, monkeypatch, M, count):
 def test_only_the_fastest_go_on_after_the_first_rounds(stand_in):
     tiles = list(range(10, 12 + 2 * race.MOST))
     varied(stand_in, TILE_IDS=tiles).speeds.update({Variant(2, tile): (2 - tile / 1000) * 1e-6 for tile in tiles})
-    (record,) = cublaslt.tune([SMALL], {}, nothing)["algorithms"].values()
+    (record,) = search([SMALL], {}, nothing)["algorithms"].values()
     runs = Counter(stand_in.ran)
     went_on = {each for each, count in runs.items() if count == race.ROUNDS}
     assert len(went_on) == race.MOST
     assert {count for each, count in runs.items() if each not in went_on} == {race.FIRST_ROUNDS}
     assert went_on == {Variant(2, tile) for tile in tiles[-race.MOST :]}
     assert 56 <= record["tile_id"]  # within TIE of the fastest
+
+
+def test_variants_are_timed_where_they_are_asked_for_and_for_good(stand_in):
+    varied(stand_in).speeds[VARIANT] = 1e-6
+    few = cublaslt.tune([SMALL], {}, nothing)
+    assert VARIANT not in stand_in.ran
+    new_process()
+    many = search([SMALL], {}, nothing)  # not what the cache has
+    assert [record["thorough"] for table in (few, many) for record in table["algorithms"].values()] == [False, True]
+    assert VARIANT in stand_in.ran
+    new_process()
+    assert search([SMALL], {}, silent) == many
+    assert cublaslt.tune([SMALL], {}, silent) == many  # there is nothing better
+    assert search([SMALL], few, silent) == few  # a run keeps to its own
 
 
 def test_what_was_chosen_is_kept_on_the_disk(stand_in, tmp_path):

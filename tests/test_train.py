@@ -1085,8 +1085,8 @@ def test_what_was_tuned_is_kept_with_the_run_and_used_again(train_here, shards_d
     """In config.json and in the checkpoint, from which the run that goes on has it; never where it is switched off."""
     operations, given, used = ops.load("numpy"), [], []
 
-    def tune(dims, gelu_fusion, grad_dtype, accumulates, saved, say):
-        given.append((gelu_fusion, accumulates, saved))
+    def tune(dims, gelu_fusion, grad_dtype, accumulates, saved, say, *, thorough):
+        given.append((gelu_fusion, accumulates, saved, thorough))
         return saved or {"algorithms": {"a multiply": {"algo": "ab"}}}
 
     monkeypatch.setattr(operations, "tune", tune)
@@ -1094,8 +1094,8 @@ def test_what_was_tuned_is_kept_with_the_run_and_used_again(train_here, shards_d
     options = (*data(shards_dir), "-e", "l2h2c16", "-b", 2, "-t", 16, *QUIET, "-n", 1, "-o", tmp_path)
     table = {"algorithms": {"a multiply": {"algo": "ab"}}}
     assert train_here(*options, "-x", 1) == 0
-    assert train_here(*options, "-x", 2, "-y", 1, "-ge", 1, "-d", 64) == 0
-    assert given == [(-1, False, {}), (1, True, table)]
+    assert train_here(*options, "-x", 2, "-y", 1, "-ge", 1, "-d", 64, "--gemm-search", "full") == 0
+    assert given == [(-1, False, {}, False), (1, True, table, True)]
     assert used == [table, table]
     saved = checkpoint.load_latest(tmp_path, pytest.fail)
     assert saved

@@ -3,10 +3,10 @@
 Operands are row-major, as everywhere else; cublasLt's are column-major. A row-major (M,N) is a column-major (N,M), so
 out = a b is asked for as out^T = b^T a^T: the operands change places, and no data moves.
 
-Many algorithms can do a multiply, each with sums in its own order. `tune` times those that cublasLt proposes, and
-variants of them, and gives a table of the fastest; `use` makes it what is followed from then on. What is in no table
-takes cublasLt's first proposal. A table, a GPU and a version of cublasLt fix every bit of the results. What else is
-chosen by the time that multiplies take, the table holds too.
+Many algorithms can do a multiply, each with sums in its own order. `tune` times those that cublasLt proposes, or these
+and variants of them, and gives a table of the fastest; `use` makes it what is followed from then on. What is in no
+table takes cublasLt's first proposal. A table, a GPU and a version of cublasLt fix every bit of the results. What else
+is chosen by the time that multiplies take, the table holds too.
 """
 
 import hashlib
@@ -117,11 +117,17 @@ class Choice(NamedTuple):
 
 
 def tune(
-    operations: Sequence[Operation], saved: Mapping[str, Any], say: Callable[[str], None], choice: Choice | None = None
+    operations: Sequence[Operation],
+    saved: Mapping[str, Any],
+    say: Callable[[str], None],
+    choice: Choice | None = None,
+    *,
+    thorough: bool = False,
 ) -> dict[str, Any]:
     """The table of the fastest algorithms for these, as JSON can hold it: `saved`'s where that table is of this GPU and
     cublasLt, else those in the cache on disk, else timed now, on memory that is given back. The choice is kept in the
-    same places; where it is made now, the table is in use from then on.
+    same places; where it is made now, the table is in use from then on. thorough: variants of cublasLt's proposals are
+    timed too; of the cache, what was chosen without them is not taken.
 
     Says what it timed. Only one process at a time may time on a GPU: those that share the cache wait for each other.
     """
@@ -143,10 +149,11 @@ def tune(
         known, timed = {**cached, **kept}, {}
         for operation in operations:
             found = known.get(operation.name)
-            if found is None or not library.accepts(operation, found["algo"]):
+            too_few = thorough and operation.name not in kept and found is not None and not found.get("thorough")
+            if found is None or too_few or not library.accepts(operation, found["algo"]):
                 if operation.name in kept:
                     say(f"matrix multiplies: cublasLt refuses the checkpoint's algorithm for {operation.name}")
-                known[operation.name] = timed[operation.name] = library.fastest(operation)
+                known[operation.name] = timed[operation.name] = library.fastest(operation, thorough)
         if timed:
             library.free_memory()
             say(f"timed {len(timed)} kinds of matrix multiply in {time.monotonic() - began:.1f} s")
@@ -273,17 +280,17 @@ class _Library:
             return False
         return bool(result["workspace_size"][0] <= WORKSPACE_BYTES)
 
-    def fastest(self, op: Operation) -> dict[str, Any]:
-        """The fastest of cublasLt's proposals and their variants, for a table: its digits, and for people what it is,
-        its microseconds and those of the first proposal.
+    def fastest(self, op: Operation, thorough: bool) -> dict[str, Any]:
+        """The fastest of cublasLt's proposals, and if thorough their variants, for a table: its digits, and for people
+        what it is, its microseconds and those of the first proposal.
         """
         plan = self._describe(op)
         proposals = self._candidates(op, plan)
-        variants = self._variants(op, plan, proposals)
+        variants = self._variants(op, plan, proposals) if thorough else []
         best, medians = self._race(op, plan, proposals, variants)
         algorithm = [*proposals, *variants][best]
         times = {"us": round(medians[best] * 1e6, 1), "first_us": round(medians[0] * 1e6, 1)}
-        return {"algo": algorithm.tobytes().hex()} | self._settings(algorithm) | times
+        return {"algo": algorithm.tobytes().hex()} | self._settings(algorithm) | times | {"thorough": thorough}
 
     def fastest_by_reduction(self, op: Operation) -> tuple[float, float]:
         plan = self._describe(op)

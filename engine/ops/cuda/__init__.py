@@ -106,13 +106,16 @@ def tune(
     accumulates: bool,
     saved: Mapping[str, Any],
     say: Callable[[str], None],
+    *,
+    thorough: bool = False,
 ) -> dict[str, Any]:
     """Algorithms for the matrix multiplies of a step's micro-batches, and with gelu_fusion -1 which of them GELU is
     inside of. Those of samples, of which there are few, and of a validation's last batch take cublasLt's first
     proposal. Before the arrays of a run are made: there is room.
     """
     if gelu_fusion != -1:
-        return cublaslt.tune(linear.multiplies(dims, grad_dtype, gelu_fusion, accumulates), saved, say)
+        multiplies = linear.multiplies(dims, grad_dtype, gelu_fusion, accumulates)
+        return cublaslt.tune(multiplies, saved, say, thorough=thorough)
     apart, fused = (linear.multiplies(dims, grad_dtype, level, accumulates) for level in (0, 2))
 
     def choose() -> dict[str, Any]:
@@ -122,7 +125,8 @@ def tune(
         return record
 
     sizes = f"{dims['B'] * dims['T']}x{dims['C']}"
-    return cublaslt.tune(list(dict.fromkeys(apart + fused)), saved, say, cublaslt.Choice("gelu_fusion", sizes, choose))
+    choice = cublaslt.Choice("gelu_fusion", sizes, choose)
+    return cublaslt.tune(list(dict.fromkeys(apart + fused)), saved, say, choice, thorough=thorough)
 
 
 def use_tuning(table: Mapping[str, Any]) -> None:

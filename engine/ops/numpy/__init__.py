@@ -63,10 +63,12 @@ def tune(
     accumulates: bool,
     saved: Mapping[str, Any],
     say: Callable[[str], None],
+    *,
+    thorough: bool = False,
 ) -> dict[str, Any]:
     """What this device chose by timing for a training step, after `prepare` for the same: a table as JSON can hold it,
     empty where there is no choice. accumulates: whether some micro-batches' gradients are added to those of others.
-    `saved`: such a table that a run has used before, which is kept to where it is good here.
+    `saved`: such a table that a run has used before, which is kept to where it is good here. thorough: among more ways.
     """
     return {}
 
