@@ -73,7 +73,7 @@ def options(command: Callable) -> Callable:
     for option in (
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="As in train.py."),
         click.option("--vocabulary", "V", default=50257, help="Tokens in the vocabulary."),
-        click.option("--gemm-search", type=click.Choice(SEARCHES), default="auto", help="As in train.py."),
+        click.option("--gemm-search", type=click.Choice(["auto", "full", "off"]), default="auto", help="See train.py."),
         click.option("-ge", "gelu_fusion", type=click.IntRange(-1, 2), default=-1, help="GELU fusion, as in train.py."),
         click.option("-r", "recompute", type=click.IntRange(0, 2), default=0, help="Recomputation, as in train.py."),
         click.option("-t", "T", default=1024, help="Tokens in a sequence."),
