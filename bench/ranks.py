@@ -282,6 +282,11 @@ def variants(run: RunConfig, world: int, lanes: int, on_gpus: bool) -> dict[str,
     return {name_of(each): each for each in found} | {BESIDE_ATTENTION: beside_attention}
 
 
+def on_one_rank(run: RunConfig) -> RunConfig:
+    """The same steps where there is nothing to share out."""
+    return replace(run, zero_stage=0, reduce="owner", lanes=0, cuda_graph="off", carrier="nccl")
+
+
 def text_of_words(config: GPT2Config, run: RunConfig, comm: Any) -> Iterator[np.ndarray]:
     """This rank's micro-batches, int32 (2,B,T): the samples of a step are the same on any number of ranks.
 
@@ -485,10 +490,7 @@ def compare(
     measuring = config, dev, tokens, warm_up, steps
     # Each way is compared with one rank that takes the same micro-batches, or with -d the same steps. All ranks do that
     # at once, each for itself: no GPU is as fast as another.
-    alone = {
-        each.total_batch: replace(each, zero_stage=0, reduce="owner", lanes=0, cuda_graph="off")
-        for each in runs.values()
-    }
+    alone = {each.total_batch: on_one_rank(each) for each in runs.values()}
     figures: dict[str, Any] = {
         "world": comm.world,
         "nccl": nccl,

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from bench.ranks import BESIDE_ATTENTION, EXCHANGES
+from bench.ranks import BESIDE_ATTENTION, EXCHANGES, on_one_rank, variants
+from engine.config import RunConfig
 from tests.conftest import ROOT
 from tests.test_ranks import run  # skips this module too, where there is no mpirun
 
@@ -40,6 +41,16 @@ def test_all_ways_to_share_out_are_there_and_compared_with_one_rank(figures):
         assert variant["tokens_per_second"] == pytest.approx(taken / variant["seconds"])
         assert variant["of_ideal"] == pytest.approx(variant["tokens_per_second"] / (WORLD * alone["tokens_per_second"]))
         assert variant["seconds_silent"] > 0
+
+
+def test_one_rank_takes_nothing_of_what_ranks_exchange():
+    """On GPUs too, where there are more ways."""
+    ways = variants(RunConfig(B=B, T=T, cuda_graph="off"), WORLD, 4, on_gpus=True)
+    assert any(way.carrier == "copies" for way in ways.values())
+    assert any(way.cuda_graph == "on" for way in ways.values())
+    for way in ways.values():
+        alone = on_one_rank(way)
+        assert alone == RunConfig(B=B, T=T, cuda_graph="off", total_batch=way.total_batch)
 
 
 def test_every_bucket_s_exchange_is_there(figures):
