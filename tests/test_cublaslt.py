@@ -525,6 +525,33 @@ def test_a_way_that_fails_late_loses(stand_in):
     assert race.fastest([fails_later, works]) == (1, [np.inf, pytest.approx(1.2)])
 
 
+def test_the_host_is_ahead_of_the_gpu_from_a_round_s_first_way_on(monkeypatch):
+    """Though both have waited before, and the host is slow to begin with: else the first way seems slow."""
+    now = SimpleNamespace(host=0.0, gpu=0.0, cold=True)
+
+    def launch(host, gpu):
+        now.host += host
+        now.gpu = max(now.gpu, now.host) + gpu
+
+    def way(seconds):
+        launch(30 if now.cold else 2, seconds)
+        now.cold = False
+
+    def mark():
+        launch(1, 0)
+        return now.gpu
+
+    def seconds_between(began, ended):
+        now.host, now.cold = max(now.host, now.gpu), True
+        return ended - began
+
+    buffer = SimpleNamespace(fill=lambda value: launch(1, 6))
+    monkeypatch.setattr(
+        race, "cuda", SimpleNamespace(zeros=lambda *_: buffer, mark=mark, seconds_between=seconds_between)
+    )
+    assert race.fastest([partial(way, 10), partial(way, 10.5)]) == (0, [10, 10.5])
+
+
 @pytest.mark.parametrize(("M", "count"), [(5, 100), (1_000_000, 50)])
 def test_a_budget_bounds_how_many_variants_run(stand_in, monkeypatch, M, count):
     """The larger the multiply, the fewer."""
