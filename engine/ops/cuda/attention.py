@@ -58,8 +58,11 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias
 
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:
-    """Of Hopper's kernels: lse and D, and the sums of each ROWS rows of dqkv. The others take D alone."""
-    return dims["B"] * blocks(dims["T"], ROWS) * (dims["NH"] * 2 * ROWS + 3 * dims["C"]) * 4
+    """D; of heads that Hopper's kernels are for, lse and D, and the sums of each ROWS rows of dqkv."""
+    B, T, NH, C = (dims[name] for name in ("B", "T", "NH", "C"))
+    if C // NH in FORWARD_GROUPS:
+        return B * blocks(T, ROWS) * (NH * 2 * ROWS + 3 * C) * 4
+    return B * NH * T * 4
 
 
 def on_hopper(HS: int) -> bool:
