@@ -236,7 +236,7 @@ def cost_of_fp32_sums(setting: Setting) -> dict[str, dict[str, float]]:
     dims = setting.config.dims() | {"B": setting.run.B, "T": setting.run.T}
     linear, found = setting.operations.linear, {}
     for operation in linear.multiplies(dims, setting.dev.COMPUTE_DTYPE, linear.gelu_fusion, accumulates=False):
-        fp32, any_type = cublaslt.fastest_by_reduction(operation)
+        fp32, any_type = cublaslt.library().fastest_by_reduction(operation)
         found[operation.name] = {"fp32_us": fp32, "any_us": any_type}
     return found
 

@@ -200,9 +200,7 @@ def release(dev: ModuleType) -> None:
     """What nothing refers to any more is given back, so that the next run finds it in one piece."""
     gc.collect()
     if dev.WORKS_ALONE:
-        import cupy
-
-        cupy.get_default_memory_pool().free_all_blocks()
+        dev.free_unused()
 
 
 def measure(

@@ -23,7 +23,7 @@ from mpi4py import MPI
 
 from engine import device, training
 from engine.comm import copies
-from engine.device import cublaslt, cuda, kernels
+from engine.device import cublaslt, cuda, kernels, tuning
 from tests import twins
 
 # NCCL's numbers, as nccl.h gives them
@@ -358,7 +358,7 @@ def several_gpus(folder: Path) -> Iterator[Gpu]:
         patch.setattr(device, "choose", lambda *_: "cuda")
         patch.setattr(kernels, "KERNELS", _Kernels(twins.ShimModule))
         patch.setattr(cublaslt, "matmul", _matmul)
-        patch.setattr(cublaslt, "use", lambda table: None)
+        patch.setattr(tuning, "use", lambda table: None)
         patch.setattr(cuda, "take", lambda local_rank: (f"GPU {local_rank}".encode(), MPI.COMM_WORLD.size))
         patch.setattr(cuda, "zeros", pool.zeros)
         patch.setattr(copies, "_driver", lambda: Driver(pool=pool))

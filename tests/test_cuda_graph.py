@@ -12,7 +12,7 @@ import train
 from engine import device, training
 from engine.comm.one import OneRank
 from engine.config import RunConfig
-from engine.device import cublaslt, cuda, eagerly, kernels
+from engine.device import cublaslt, cuda, eagerly, kernels, tuning
 from engine.errors import UsageError
 from tests.conftest import TINY, data, run_command, write_shards
 from tests.test_cuda_train import GPU, assert_same_checkpoint, checkpoint, losses, records
@@ -272,7 +272,7 @@ def train_by_shim(gpu, tmp_path):
         monkeypatch.setattr(device, "choose", lambda *_: "cuda")
         monkeypatch.setattr(kernels, "KERNELS", kernels.Kernels(Module))
         monkeypatch.setattr(cublaslt, "matmul", lambda *args, **options: gpu.run(lambda: matmul(*args, **options)))
-        monkeypatch.setattr(cublaslt, "use", lambda table: None)
+        monkeypatch.setattr(tuning, "use", lambda table: None)
         monkeypatch.setattr(cuda, "zeros", zeros)
         monkeypatch.setattr(cuda, "to_device", lambda host: host)
         monkeypatch.setattr(cuda, "to_host", np.asarray)

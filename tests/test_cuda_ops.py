@@ -12,7 +12,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from engine import ops
-from engine.device import cublaslt, cuda, kernels, race
+from engine.device import cublaslt, cuda, kernels, race, tuning
 from engine.ops.cuda import scratch
 from engine.ops.numpy import rounding
 from tests.twins import BF16, EPS16, EPS32, F32, assert_within, on, rounded, stored, sum_error
@@ -327,10 +327,10 @@ def test_linear_backward(twin, sizes, monkeypatch, accumulate, kind, fusion, dty
 @pytest.fixture
 def tuned_anew(monkeypatch, tmp_path):
     """cublasLt with an empty cache on the disk, and no table in use."""
-    monkeypatch.setattr(cublaslt, "cache_dir", lambda: tmp_path)
-    cublaslt._library.cache_clear()
+    monkeypatch.setattr(tuning, "cache_dir", lambda: tmp_path)
+    cublaslt.library.cache_clear()
     yield
-    cublaslt._library.cache_clear()
+    cublaslt.library.cache_clear()
 
 
 TUNED_SIZES = ({"B": 1, "T": 72, "C": 64, "Vp": 384}, {"B": 2, "T": 1024, "C": 768, "Vp": 1152})
@@ -341,7 +341,7 @@ TUNED_SIZES = ({"B": 1, "T": 72, "C": 64, "Vp": 384}, {"B": 2, "T": 1024, "C": 7
 @pytest.mark.parametrize("fusion", [0, 2])
 @pytest.mark.parametrize("dims", TUNED_SIZES, ids=lambda dims: f"C={dims['C']}")
 def test_each_algorithm_that_may_be_chosen_computes_the_multiply(tuned_anew, dims, fusion, dtype):
-    library = cublaslt._library()
+    library = cublaslt.library()
     with on("gpu") as twin:
         for op in CUDA.linear.multiplies(dims, dtype, fusion, accumulates=True):
             K, has_gelu = op.K, op.epilogue == "GELU_AUX_BIAS"
@@ -420,8 +420,8 @@ def test_a_table_gives_the_same_bits_and_the_cache_spares_the_search(tuned_anew,
         CUDA.use_tuning(table)
         chosen = CUDA.linear.gelu_fusion
         first = products(twin)
-        cublaslt._library.cache_clear()
-        monkeypatch.setattr(cublaslt._Library, "fastest", lambda self, op: pytest.fail(f"timed {op.name} again"))
+        cublaslt.library.cache_clear()
+        monkeypatch.setattr(cublaslt.Library, "fastest", lambda _, op, *__: pytest.fail(f"timed {op.name} again"))
         for saved in ({}, table):
             CUDA.linear.gelu_fusion = 0 if fusion == 0 else (chosen + 1) % 3
             assert CUDA.tune(dims, fusion, BF16, True, saved, pytest.fail) == table

@@ -3,27 +3,22 @@
 Operands are row-major, as everywhere else; cublasLt's are column-major. A row-major (M,N) is a column-major (N,M), so
 out = a b is asked for as out^T = b^T a^T: the operands change places, and no data moves.
 
-Many algorithms can do a multiply, each with sums in its own order. `tune` times those that cublasLt proposes, or these
-and variants of them, and gives a table of the fastest; `use` makes it what is followed from then on. What is in no
-table takes cublasLt's first proposal. A table, a GPU and a version of cublasLt fix every bit of the results. What else
-is chosen by the time that multiplies take, the table holds too.
+Many algorithms can do a multiply, each with sums in its own order: which one is taken decides the last bits. It is
+cublasLt's first proposal, unless `Library.use` has named another. `Library.fastest` times the proposals, or these and
+variants of them; tuning.py decides when, and remembers what was found.
 """
 
-import hashlib
 import itertools
-import json
 import random
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.device import cuda, race
-from engine.device.kernels import BF16, cache_dir, locked, write_whole
+from engine.device.kernels import BF16
 
 Array = Any
 
@@ -32,8 +27,9 @@ WORKSPACE_BYTES = 64 << 20  # twice what NVIDIA advises for Hopper: more ways to
 # Numbers of cublasLt's C interface that the bindings do not name.
 COMPUTE_32F = 68
 CUDA_TYPES = {np.dtype(np.float32): 0, BF16: 14}
+
 WITH_BIAS, WITH_AUX = ("BIAS", "GELU_AUX_BIAS"), ("DGELU", "GELU_AUX_BIAS")  # epilogues
-CANDIDATES = 32
+CANDIDATES = 32  # proposals that cublasLt is asked for
 ALIGNMENT = 256  # bytes: what cublasLt chooses algorithms for unless it is told
 
 # What a variant sets of an algorithm, in the order that `_variants` gives the values in.
@@ -105,120 +101,39 @@ def matmul(
     epilogue = ((pre_gelu, "GELU_AUX_BIAS"), (dgelu, "DGELU"), (bias, "BIAS"))
     name = next((name for array, name in epilogue if array is not None), "DEFAULT")
     operation = Operation(M, N, K, transpose_a, transpose_b, np.dtype(out.dtype), add is not None, name)
-    _library().run(operation, out, a, b, add, bias, dgelu if pre_gelu is None else pre_gelu)
-
-
-class Choice(NamedTuple):
-    """Something else that is chosen by timing multiplies."""
-
-    key: str  # of the table
-    of: str  # for what sizes
-    choose: Callable[[], dict[str, Any]]  # times, and gives what a table says of it
-
-
-def tune(
-    operations: Sequence[Operation],
-    saved: Mapping[str, Any],
-    say: Callable[[str], None],
-    choice: Choice | None = None,
-    *,
-    thorough: bool = False,
-) -> dict[str, Any]:
-    """The table of the fastest algorithms for these, as JSON can hold it: `saved`'s where that table is of this GPU and
-    cublasLt, else those in the cache on disk, else timed now, on memory that is given back. The choice is kept in the
-    same places; where it is made now, the table is in use from then on. thorough: variants of cublasLt's proposals are
-    timed too; of the cache, what was chosen without them is not taken.
-
-    Says what it timed. Only one process at a time may time on a GPU: those that share the cache wait for each other.
-    """
-    library = _library()
-    here = library.identity()
-    before = {key: saved.get(key) for key in here}
-    if saved and before != here:
-        there, now = (", ".join(f"{key} {value}" for key, value in table.items()) for table in (before, here))
-        say(
-            f"matrix multiplies: the checkpoint's algorithms are for {there}; here is {now}: chosen anew, and results "
-            "may differ in their last bits"
-        )
-        saved = {}
-    file = cache_dir() / f"multiplies-{hashlib.sha256(repr(here).encode()).hexdigest()[:32]}.table"
-    began = time.monotonic()
-    with locked(file.with_suffix(".lock")):
-        cached = _read_table(file)
-        kept = saved.get("algorithms", {})
-        known, timed = {**cached, **kept}, {}
-        for operation in operations:
-            found = known.get(operation.name)
-            too_few = thorough and operation.name not in kept and found is not None and not found.get("thorough")
-            if found is None or too_few or not library.accepts(operation, found["algo"]):
-                if operation.name in kept:
-                    say(f"matrix multiplies: cublasLt refuses the checkpoint's algorithm for {operation.name}")
-                known[operation.name] = timed[operation.name] = library.fastest(operation, thorough)
-        if timed:
-            library.free_memory()
-            say(f"timed {len(timed)} kinds of matrix multiply in {time.monotonic() - began:.1f} s")
-        table = here | {"algorithms": {operation.name: known[operation.name] for operation in operations}}
-        if choice:
-            name, record = f"{choice.key} {choice.of}", saved.get(choice.key, {})
-            if record.get("of") != choice.of:
-                record = cached.get(name)
-            if record is None:
-                use(table)
-                record = timed[name] = {"of": choice.of} | choice.choose()
-                library.free_memory()
-            table[choice.key] = record
-        if timed:
-            with suppress(OSError):  # without a cache the next run times them again
-                text = json.dumps(cached | timed, indent=1).encode()
-                write_whole(file, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
-    return table
-
-
-def use(table: Mapping[str, Any]) -> None:
-    """Multiplies follow this table, which `tune` gave for this GPU and cublasLt; none, if it is empty."""
-    _library().use({name: record["algo"] for name, record in table.get("algorithms", {}).items()})
-
-
-def fastest_by_reduction(operation: Operation) -> tuple[float, float]:
-    """For benchmarks: microseconds of its fastest algorithm among those that are taken here, and among all, those too
-    that add up partial sums in out's type.
-    """
-    return _library().fastest_by_reduction(operation)
-
-
-def _read_table(file: Path) -> dict[str, Any]:
-    """What is in a file of the cache, by name; nothing if it is missing or damaged, which its hash tells."""
-    try:
-        digest, _, text = file.read_bytes().partition(b"\n")
-    except OSError:
-        return {}
-    return json.loads(text) if digest == hashlib.sha256(text).hexdigest().encode() else {}
-
-
-def _bindings() -> Any:
-    from nvmath.bindings import cublasLt
-
-    return cublasLt
+    library().run(operation, out, a, b, add, bias, dgelu if pre_gelu is None else pre_gelu)
 
 
 @cache
-def _library() -> "_Library":
-    return _Library()
+def library() -> "Library":
+    """cublasLt, opened once."""
+    return Library()
 
 
-class _Library:
+class Library:
     """cublasLt on the current GPU: its handle, its workspace, and the plans made so far."""
 
     def __init__(self) -> None:
         import cupy
+        from nvmath.bindings import cublasLt
 
-        self._lt, self._cupy = _bindings(), cupy
+        self._lt: Any = cublasLt
+        self._cupy = cupy
         self._handle = self._lt.create()
         self._workspace = cuda.zeros((WORKSPACE_BYTES,), np.uint8)
         self._described: dict[Operation, Plan] = {}
         self._plans: dict[Operation, Plan] = {}
         self._chosen: dict[str, str] = {}
         self._one, self._zero, self._pointer = np.ones(1, np.float32), np.zeros(1, np.float32), np.zeros(1, np.uint64)
+
+    def identity(self) -> dict[str, Any]:
+        """What algorithms and their times are good for."""
+        return {"gpu": cuda.describe(), "cublaslt": int(self._lt.get_version()), "workspace": WORKSPACE_BYTES}
+
+    def use(self, chosen: dict[str, str]) -> None:
+        """From now on multiplies follow these algorithms, in hexadecimal digits, by the names of their operations."""
+        self._chosen = chosen
+        self._plans.clear()
 
     def run(self, operation: Operation, out: Array, a: Array, b: Array, add: Array, bias: Array, aux: Array) -> None:
         """The multiply, with what it needs of add, bias and the epilogue's other array; None for what it does not."""
@@ -254,14 +169,39 @@ class _Library:
         self._pointer[0] = address
         self._lt.matmul_desc_set_attribute(description, attribute, self._pointer.ctypes.data, 8)
 
-    def use(self, chosen: dict[str, str]) -> None:
-        """The algorithms, in hexadecimal digits, by the names of their operations."""
-        self._chosen = chosen
-        self._plans.clear()
+    def _plan(self, op: Operation) -> Plan:
+        plan, digits = self._describe(op), self._chosen.get(op.name)
+        return plan._replace(algorithm=self._algorithm(digits) if digits else self._candidates(op, plan)[0])
 
-    def identity(self) -> dict[str, Any]:
-        """What a table is good for."""
-        return {"gpu": cuda.describe(), "cublaslt": int(self._lt.get_version()), "workspace": WORKSPACE_BYTES}
+    def _describe(self, op: Operation) -> Plan:
+        """The plan without an algorithm, made once."""
+        if op not in self._described:
+            self._described[op] = self._make_descriptors(op)
+        return self._described[op]
+
+    def _make_descriptors(self, op: Operation) -> Plan:
+        lt, attributes = self._lt, self._lt.MatmulDescAttribute
+        description = lt.matmul_desc_create(COMPUTE_32F, CUDA_TYPES[np.dtype(np.float32)])
+
+        def describe(attribute: int, value: int, dtype: type) -> None:
+            buffer: np.ndarray = np.array([value], dtype)
+            lt.matmul_desc_set_attribute(description, attribute, buffer.ctypes.data, buffer.nbytes)
+
+        # Column-major, a row-major matrix is its transpose already: so `transposed` is where ours is not.
+        describe(attributes.TRANSA, op.transpose_b, np.int32)
+        describe(attributes.TRANSB, op.transpose_a, np.int32)
+        describe(attributes.EPILOGUE, lt.Epilogue[op.epilogue], np.uint32)
+        if op.epilogue in WITH_BIAS:
+            describe(attributes.BIAS_DATA_TYPE, CUDA_TYPES[BF16], np.int32)
+        if op.epilogue in WITH_AUX:
+            describe(attributes.EPILOGUE_AUX_LD, op.N, np.int64)
+
+        a_rows, a_columns = (op.K, op.M) if op.transpose_a else (op.M, op.K)
+        b_rows, b_columns = (op.N, op.K) if op.transpose_b else (op.K, op.N)
+        a = lt.matrix_layout_create(CUDA_TYPES[BF16], a_columns, a_rows, a_columns)
+        b = lt.matrix_layout_create(CUDA_TYPES[BF16], b_columns, b_rows, b_columns)
+        out = lt.matrix_layout_create(CUDA_TYPES[op.dtype], op.N, op.M, op.N)
+        return Plan(description, a, b, out, None)
 
     def accepts(self, op: Operation, digits: str) -> bool:
         """Whether cublasLt can do it with this algorithm."""
@@ -280,6 +220,42 @@ class _Library:
             return False
         return bool(result["workspace_size"][0] <= WORKSPACE_BYTES)
 
+    def _algorithm(self, digits: str) -> Any:
+        """What `fastest` gave as digits."""
+        return np.frombuffer(bytes.fromhex(digits), self._lt.matmul_heuristic_result_dtype["algo"]).copy()
+
+    def _settings(self, algorithm: Any) -> dict[str, int]:
+        """What it is, as far as tables tell and variants begin from."""
+        lt, found = self._lt, {}
+        for name in ("ID", "TILE_ID", "STAGES_ID", "SPLITK_NUM", "REDUCTION_SCHEME", "CLUSTER_SHAPE_ID"):
+            attribute, written = lt.MatmulAlgoConfigAttribute[name], np.zeros(1, np.uint64)
+            value = np.zeros(1, lt.get_matmul_algo_config_attribute_dtype(attribute))
+            lt.matmul_algo_config_get_attribute(
+                algorithm.ctypes.data, attribute, value.ctypes.data, value.nbytes, written.ctypes.data
+            )
+            found[name.lower()] = int(value[0])
+        return found
+
+    def _candidates(self, op: Operation, plan: Plan, reductions: str = "COMPUTE_TYPE") -> list[Any]:
+        """cublasLt's proposals, by its own estimate the fastest first. reductions: how partial sums of split products
+        may be kept and added: in fp32, or "MASK", any way, in the type of out too.
+        """
+        lt, description, a, b, out, _ = self._lt, *plan
+        preference, preferences = lt.matmul_preference_create(), lt.MatmulPreferenceAttribute
+        for attribute, setting in (
+            (preferences.MAX_WORKSPACE_BYTES, np.array([WORKSPACE_BYTES], np.uint64)),
+            (preferences.REDUCTION_SCHEME_MASK, np.array([lt.ReductionScheme[reductions]], np.uint32)),
+        ):
+            lt.matmul_preference_set_attribute(preference, attribute, setting.ctypes.data, setting.nbytes)
+        found, count = np.zeros(CANDIDATES, lt.matmul_heuristic_result_dtype), np.zeros(1, np.int32)
+        lt.matmul_algo_get_heuristic(
+            self._handle, description, b, a, out, out, preference, CANDIDATES, found.ctypes.data, count.ctypes.data
+        )  # fmt: skip
+        lt.matmul_preference_destroy(preference)
+        usable = found[: count[0]][found[: count[0]]["state"] == 0]
+        assert len(usable), f"cublasLt has no algorithm for {op}"
+        return [usable[n : n + 1]["algo"].copy() for n in range(len(usable))]
+
     def fastest(self, op: Operation, thorough: bool) -> dict[str, Any]:
         """The fastest of cublasLt's proposals, and if thorough their variants, for a table: its digits, and for people
         what it is, its microseconds and those of the first proposal.
@@ -293,6 +269,9 @@ class _Library:
         return {"algo": algorithm.tobytes().hex()} | self._settings(algorithm) | times | {"thorough": thorough}
 
     def fastest_by_reduction(self, op: Operation) -> tuple[float, float]:
+        """For benchmarks: microseconds of its fastest algorithm among those that are taken here, and among all, those
+        too that add up partial sums in out's type.
+        """
         plan = self._describe(op)
         taken = self._candidates(op, plan)
         known = {candidate.tobytes() for candidate in taken}
@@ -384,74 +363,3 @@ class _Library:
             attribute = lt.MatmulAlgoConfigAttribute[name]
             buffer = np.array([value], lt.get_matmul_algo_config_attribute_dtype(attribute))
             lt.matmul_algo_config_set_attribute(algorithm.ctypes.data, attribute, buffer.ctypes.data, buffer.nbytes)
-
-    def free_memory(self) -> None:
-        """What a race took goes back to the GPU, where arrays of any size can have it."""
-        self._cupy.get_default_memory_pool().free_all_blocks()
-
-    def _settings(self, algorithm: Any) -> dict[str, int]:
-        lt, found = self._lt, {}
-        for name in ("ID", "TILE_ID", "STAGES_ID", "SPLITK_NUM", "REDUCTION_SCHEME", "CLUSTER_SHAPE_ID"):
-            attribute, written = lt.MatmulAlgoConfigAttribute[name], np.zeros(1, np.uint64)
-            value = np.zeros(1, lt.get_matmul_algo_config_attribute_dtype(attribute))
-            lt.matmul_algo_config_get_attribute(
-                algorithm.ctypes.data, attribute, value.ctypes.data, value.nbytes, written.ctypes.data
-            )
-            found[name.lower()] = int(value[0])
-        return found
-
-    def _algorithm(self, digits: str) -> Any:
-        return np.frombuffer(bytes.fromhex(digits), self._lt.matmul_heuristic_result_dtype["algo"]).copy()
-
-    def _plan(self, op: Operation) -> Plan:
-        plan, digits = self._describe(op), self._chosen.get(op.name)
-        return plan._replace(algorithm=self._algorithm(digits) if digits else self._candidates(op, plan)[0])
-
-    def _describe(self, op: Operation) -> Plan:
-        if op not in self._described:
-            self._described[op] = self._make_descriptors(op)
-        return self._described[op]
-
-    def _make_descriptors(self, op: Operation) -> Plan:
-        lt, attributes = self._lt, self._lt.MatmulDescAttribute
-        description = lt.matmul_desc_create(COMPUTE_32F, CUDA_TYPES[np.dtype(np.float32)])
-
-        def describe(attribute: int, value: int, dtype: type) -> None:
-            buffer: np.ndarray = np.array([value], dtype)
-            lt.matmul_desc_set_attribute(description, attribute, buffer.ctypes.data, buffer.nbytes)
-
-        # Column-major, a row-major matrix is its transpose already: so `transposed` is where ours is not.
-        describe(attributes.TRANSA, op.transpose_b, np.int32)
-        describe(attributes.TRANSB, op.transpose_a, np.int32)
-        describe(attributes.EPILOGUE, lt.Epilogue[op.epilogue], np.uint32)
-        if op.epilogue in WITH_BIAS:
-            describe(attributes.BIAS_DATA_TYPE, CUDA_TYPES[BF16], np.int32)
-        if op.epilogue in WITH_AUX:
-            describe(attributes.EPILOGUE_AUX_LD, op.N, np.int64)
-
-        a_rows, a_columns = (op.K, op.M) if op.transpose_a else (op.M, op.K)
-        b_rows, b_columns = (op.N, op.K) if op.transpose_b else (op.K, op.N)
-        a = lt.matrix_layout_create(CUDA_TYPES[BF16], a_columns, a_rows, a_columns)
-        b = lt.matrix_layout_create(CUDA_TYPES[BF16], b_columns, b_rows, b_columns)
-        out = lt.matrix_layout_create(CUDA_TYPES[op.dtype], op.N, op.M, op.N)
-        return Plan(description, a, b, out, None)
-
-    def _candidates(self, op: Operation, plan: Plan, reductions: str = "COMPUTE_TYPE") -> list[Any]:
-        """cublasLt's proposals, by its own estimate the fastest first. reductions: how partial sums of split products
-        may be kept and added: in fp32, or "MASK", any way, in the type of out too.
-        """
-        lt, description, a, b, out, _ = self._lt, *plan
-        preference, preferences = lt.matmul_preference_create(), lt.MatmulPreferenceAttribute
-        for attribute, setting in (
-            (preferences.MAX_WORKSPACE_BYTES, np.array([WORKSPACE_BYTES], np.uint64)),
-            (preferences.REDUCTION_SCHEME_MASK, np.array([lt.ReductionScheme[reductions]], np.uint32)),
-        ):
-            lt.matmul_preference_set_attribute(preference, attribute, setting.ctypes.data, setting.nbytes)
-        found, count = np.zeros(CANDIDATES, lt.matmul_heuristic_result_dtype), np.zeros(1, np.int32)
-        lt.matmul_algo_get_heuristic(
-            self._handle, description, b, a, out, out, preference, CANDIDATES, found.ctypes.data, count.ctypes.data
-        )  # fmt: skip
-        lt.matmul_preference_destroy(preference)
-        usable = found[: count[0]][found[: count[0]]["state"] == 0]
-        assert len(usable), f"cublasLt has no algorithm for {op}"
-        return [usable[n : n + 1]["algo"].copy() for n in range(len(usable))]

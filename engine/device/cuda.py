@@ -64,6 +64,13 @@ def available_bytes() -> int:
     return cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes()
 
 
+def free_unused() -> None:
+    """What arrays that are gone have taken goes back to the GPU, where arrays of any size can have it."""
+    import cupy
+
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
 class Upload:
     """Host arrays of one shape and dtype, tokens say, on their way to `array` of the device, which stays where it is.
 

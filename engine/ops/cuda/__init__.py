@@ -9,7 +9,7 @@ put on the current stream, and nothing waits for it.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engine.device import cublaslt, cuda, kernels
+from engine.device import cublaslt, cuda, kernels, tuning
 from engine.ops.cuda import (
     adamw,
     attention,
@@ -115,7 +115,7 @@ def tune(
     """
     if gelu_fusion != -1:
         multiplies = linear.multiplies(dims, grad_dtype, gelu_fusion, accumulates)
-        return cublaslt.tune(multiplies, saved, say, thorough=thorough)
+        return tuning.tune(multiplies, saved, say, thorough=thorough)
     apart, fused = (linear.multiplies(dims, grad_dtype, level, accumulates) for level in (0, 2))
 
     def choose() -> dict[str, Any]:
@@ -125,11 +125,11 @@ def tune(
         return record
 
     sizes = f"{dims['B'] * dims['T']}x{dims['C']}"
-    choice = cublaslt.Choice("gelu_fusion", sizes, choose)
-    return cublaslt.tune(list(dict.fromkeys(apart + fused)), saved, say, choice, thorough=thorough)
+    choice = tuning.Choice("gelu_fusion", sizes, choose)
+    return tuning.tune(list(dict.fromkeys(apart + fused)), saved, say, choice, thorough=thorough)
 
 
 def use_tuning(table: Mapping[str, Any]) -> None:
-    cublaslt.use(table)
+    tuning.use(table)
     if "gelu_fusion" in table:
         linear.gelu_fusion = table["gelu_fusion"]["level"]
