@@ -10,20 +10,17 @@ Tokens are random, and the updates are real ones. All that is timed is train.py'
 (NCCL_MAX_CTAS, ...) from the environment, and they are written down.
 """
 
-import gc
 import json
 import os
 import shlex
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
-from functools import cache
-from itertools import count, repeat
+from itertools import repeat
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import click
@@ -31,160 +28,22 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import train
 from bench.machine import machine, versions
+from bench.rank_exchanges import cost_of_exchanges, seconds_a_step, start_beside_attention
+from bench.rank_losses import draw, loss_curves, losses_in_words
+from bench.step import make_training, prepare_and_tune, random_tokens, release
 from engine import device, ops, training
 from engine.comm import Communicator, connect, ending_together
 from engine.comm.one import OneRank
 from engine.config import GPT2Config, RunConfig, model_from_descriptor
-from engine.device import cuda, eagerly
+from engine.device import cuda
 from engine.errors import UsageError, exit_on_user_error
-from engine.memory import gradient_dtype, memory_by_class, require_memory
+from engine.memory import memory_by_class, require_memory
 from engine.report import have_matplotlib
 from engine.training import Training
-from engine.watchdog import Watchdog
 
-EXCHANGES = ("exchange", "reduce_scatter", "all_gather")
-FEW = 3  # steps whose exchanges are timed one by one: the marks between them cost a little
 LOSSES = "losses"  # what --only calls the runs on 1, 2, 4, ... ranks
-WORDS, WORD = 2000, 4  # the text of those: words of a language, each so many tokens
-MOST_SAMPLES = 16  # of a micro-batch of theirs: their losses count, not their speed
 BESIDE_ATTENTION = "-z 1 beside attention"
-
-
-class Silent:
-    """Ranks that exchange nothing of a bucket: what a step would take if that cost nothing."""
-
-    def __init__(self, comm: Communicator):
-        self._comm = comm
-        for name in EXCHANGES:
-            setattr(self, name, lambda *_: None)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._comm, name)
-
-
-class Timed:
-    """Ranks whose exchanges are timed where they run. calls: (name, bytes of a rank's buffer, mark before, after)."""
-
-    def __init__(self, comm: Communicator, dev: ModuleType):
-        self._comm, self._dev = comm, dev
-        self.calls: list[tuple[str, int, Any, Any]] = []
-        for name in EXCHANGES:
-            setattr(self, name, self.timed(name, getattr(comm, name)))
-
-    def timed(self, name: str, function: Callable[..., None]) -> Callable[..., None]:
-        def call(*args: Any, **options: Any) -> None:
-            began = self._dev.mark()
-            function(*args, **options)
-            self.calls.append((name, args[-1].nbytes, began, self._dev.mark()))
-
-        return call
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._comm, name)
-
-
-def start_beside_attention(t: Training) -> None:
-    """The exchange of a layer begins when attention's backward of the layer below does, not with the next multiply.
-
-    An experiment: NCCL's blocks take a multiprocessor each for themselves, and a multiply whose blocks stay from its
-    beginning to its end, one on each, ends late if it does not get all at once; attention has many short blocks.
-    """
-    waiting: list[int] = []
-    operations: Any = t.ops
-
-    def begin() -> None:
-        while waiting:
-            t.zero.reduce(waiting.pop(0))
-
-    def ready(bucket: int) -> None:
-        waiting.append(bucket)
-        if bucket <= 1:  # no attention follows
-            begin()
-
-    def attention_backward(*args: Any, **options: Any) -> None:
-        begin()
-        operations.attention.backward(*args, **options)
-
-    attention = SimpleNamespace(**vars(operations.attention) | {"backward": attention_backward})
-    t.model.ops = SimpleNamespace(**vars(operations) | {"attention": attention})  # type: ignore[assignment]
-    before = t.zero.when_ready
-    t.zero.when_ready = lambda first, last: ready if last else before(first, last)  # type: ignore[method-assign]
-
-
-initial_parameters = cache(training.initial_parameters)
-
-
-def make(
-    run: RunConfig, comm: Any, config: GPT2Config, dev: ModuleType, operations: Any, batches: Iterator[Any]
-) -> Training:
-    """A run on batches: the tokens and targets, int32 (2,B,T), of one micro-batch after another."""
-    model, zero, optimizer = training.assemble(run, comm, config, dev, operations)
-    optimizer.set_parameters(initial_parameters(config, run.seed))
-    parts: dict[str, Any] = {"run": run, "comm": comm, "config": config, "device": dev, "ops": operations}
-    parts |= {"model": model, "zero": zero, "optimizer": optimizer, "val": None, "tokenizer": None, "identity": {}}
-    return Training(
-        **parts,
-        loader=SimpleNamespace(next=batches.__next__),  # type: ignore[arg-type]
-        steps=1 << 30,
-        start=0,
-        watchdog=Watchdog(OneRank(), 0),
-        uploads=(dev.Upload((run.B, run.T), np.int32), dev.Upload((run.B, run.T), np.int32)),
-        replay=dev.replay(run.cuda_graph, print),
-        lane_losses=dev.zeros((len(model.lanes),), np.float64),
-        loss=dev.zeros((), np.float64),
-    )
-
-
-def seconds_a_step(t: Training, warm_up: int, steps: int) -> float:
-    """Of the slowest rank."""
-    for step in range(warm_up):
-        train.train_step(t, step)
-    t.device.to_host(t.loss)
-    t.comm.barrier()
-    began = t.device.mark()
-    for step in range(warm_up, warm_up + steps):
-        train.train_step(t, step)
-    t.zero.settle()
-    seconds = t.device.seconds_between(began, t.device.mark()) / steps
-    return float(t.comm.gather(np.array([seconds])).max())
-
-
-def exchanges_alone(t: Training) -> None:
-    """Every exchange and sum of a step, one after another, with nothing beside."""
-    for _ in range(FEW):
-        for bucket in range(len(t.model.params.buckets)):
-            t.comm.barrier()
-            t.zero.reduce(bucket)
-            t.zero.settle()
-            t.zero.gather_parameters(bucket)
-            t.zero.settle()
-
-
-def medians(timed: Timed, dev: ModuleType) -> dict[tuple[str, int], tuple[float, float]]:
-    """(name, bytes) -> how often in each of FEW steps, and how many us: of rank 0's exchanges and sums since the last
-    time.
-    """
-    seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for name, nbytes, began, ended in timed.calls:
-        seconds[name, nbytes].append(dev.seconds_between(began, ended))
-    timed.calls.clear()
-    return {key: (len(each) / FEW, 1e6 * float(np.median(each))) for key, each in seconds.items()}
-
-
-def phases(t: Training, timed: Timed) -> list[dict[str, Any]]:
-    """Each kind of exchange and sum, by the bytes that it is of: beside computing and alone."""
-    for step in range(FEW):
-        train.train_step(t, step)
-    t.zero.settle()
-    beside = medians(timed, t.device)
-    exchanges_alone(t)
-    alone = medians(timed, t.device)
-    return [
-        {"name": name, "bytes": nbytes, "times": times, "us": us, "us_alone": alone[name, nbytes][1]}
-        for (name, nbytes), (times, us) in sorted(beside.items())
-    ]
 
 
 def held(t: Training) -> dict[str, int]:
@@ -194,13 +53,6 @@ def held(t: Training) -> dict[str, int]:
     gradients = [*(lane.flat for lane in t.model.lanes), *received]
     moments = [t.optimizer.m, t.optimizer.v, *([] if t.optimizer.master is None else [t.optimizer.master])]
     return {name: sum(a.nbytes for a in arrays) for name, arrays in (("gradients", gradients), ("optimizer", moments))}
-
-
-def release(dev: ModuleType) -> None:
-    """What nothing refers to any more is given back, so that the next run finds it in one piece."""
-    gc.collect()
-    if dev.WORKS_ALONE:
-        dev.free_unused()
 
 
 def measure(
@@ -217,29 +69,30 @@ def measure(
     operations = ops.load("cuda" if dev.WORKS_ALONE else "numpy")
     require_memory(run, config, dev, operations, comm.world)
     free = dev.available_bytes()
-    t = make(run, comm, config, dev, operations, repeat(tokens))
+    t = make_training(run, comm, config, dev, operations, repeat(tokens))
     taken = free - dev.available_bytes()
     if beside_attention:
         start_beside_attention(t)
     found: dict[str, Any] = {"seconds": seconds_a_step(t, warm_up, steps), "loss": float(dev.to_host(t.loss))}
     if comm.world > 1:
-        zero: Any = t.zero
-        timed = Timed(comm, dev)
-        summed = SimpleNamespace(sum_slices=timed.timed("sum", operations.reduce.sum_slices))
-        zero._comm, zero._ops = timed, SimpleNamespace(**vars(operations) | {"reduce": summed})
-        t.replay = eagerly  # a graph would go on with what it has recorded
-        found["phases"] = phases(t, timed)
-        zero._comm, zero._ops, t.replay = Silent(comm), operations, dev.replay(run.cuda_graph, print)
-        found["seconds_silent"] = seconds_a_step(t, 2, steps)
+        found |= cost_of_exchanges(t, steps)
     found["memory"] = memory_by_class(run, config, dev, operations, comm.world)
     found["held"] = held(t)
     found["taken"] = taken if dev.WORKS_ALONE else None  # on CPUs other programs take some too
     found["tokens_per_second"] = run.samples_per_step(comm.world) * run.T / found["seconds"]
     if run.carrier == "copies":
         comm.forget()  # type: ignore[attr-defined]  # before the memory that others have opened is given back
-    t = zero = None  # type: ignore[assignment]
+    del t
     release(dev)
     return found
+
+
+def free_before_nccl(comm: Communicator) -> int:
+    """Bytes of this rank's GPU that are free once CUDA has started on it."""
+    from cupy.cuda import runtime
+
+    cuda.take(comm.local_rank)
+    return runtime.memGetInfo()[0]
 
 
 def of_nccl(ranks: Communicator, dev: ModuleType, free_before: int) -> dict[str, int]:
@@ -259,80 +112,36 @@ def of_nccl(ranks: Communicator, dev: ModuleType, free_before: int) -> dict[str,
     return {"connected": connected, "with exchanges": connected + before - free()}
 
 
+def most_of(comm: Communicator, sizes: dict[str, int]) -> dict[str, int]:
+    """The most that any rank has of each."""
+    most = comm.gather(np.array([*sizes.values()], np.float64)).max(axis=0)
+    return {name: int(nbytes) for name, nbytes in zip(sizes, most, strict=True)}
+
+
 def name_of(run: RunConfig) -> str:
-    parts = [f"-z {run.zero_stage}", f"--reduce {run.reduce}" * (run.reduce != "owner"), f"--lanes {run.lanes}"]
+    reduce = f"--reduce {run.reduce}" * (run.reduce != "owner")
+    lanes = f"--lanes {run.lanes}" * (run.lanes > 0)
     accumulated = f"-d {run.total_batch}" * (run.total_batch != -1)
     graph = f"--cuda-graph {run.cuda_graph}" * (run.cuda_graph != "off")
     carrier = f"--carrier {run.carrier}" * (run.carrier != "nccl")
-    return " ".join(part for part in (*parts[: 3 if run.lanes else 2], accumulated, graph, carrier) if part)
+    return " ".join(filter(None, (f"-z {run.zero_stage}", reduce, lanes, accumulated, graph, carrier)))
 
 
 def variants(run: RunConfig, world: int, lanes: int, on_gpus: bool) -> dict[str, RunConfig]:
     """The ways to share out that are measured."""
     found = [replace(run, zero_stage=stage, reduce=reduce) for stage in (0, 1, 2) for reduce in ("owner", "nccl")]
-    beside_attention = replace(run, zero_stage=1)
     if on_gpus:
         found += [replace(run, zero_stage=1, carrier="copies"), replace(run, zero_stage=1, cuda_graph="on")]
     if lanes:
         tokens = max(run.total_batch, lanes * run.B * run.T, world * run.B * run.T)
         step = replace(run, zero_stage=1, total_batch=tokens)
         found += [step, replace(step, lanes=lanes)]
-    return {name_of(each): each for each in found} | {BESIDE_ATTENTION: beside_attention}
+    return {name_of(each): each for each in found} | {BESIDE_ATTENTION: replace(run, zero_stage=1)}
 
 
 def on_one_rank(run: RunConfig) -> RunConfig:
     """The same steps where there is nothing to share out."""
     return replace(run, zero_stage=0, reduce="owner", lanes=0, cuda_graph="off", carrier="nccl")
-
-
-def text_of_words(config: GPT2Config, run: RunConfig, comm: Any) -> Iterator[np.ndarray]:
-    """This rank's micro-batches, int32 (2,B,T): the samples of a step are the same on any number of ranks.
-
-    A language to learn: some words are frequent, each of the same few tokens.
-    """
-    words = np.random.default_rng(0).integers(0, config.V, (WORDS, WORD))
-    for batch in count():
-        first = (batch * comm.world + comm.rank) * run.B
-        drawn = [
-            np.random.default_rng((1, i)).zipf(1.3, run.T // WORD + 1) % WORDS for i in range(first, first + run.B)
-        ]
-        tokens = words[np.array(drawn)].reshape(run.B, -1).astype(np.int32)
-        yield np.stack([tokens[:, : run.T], tokens[:, 1 : run.T + 1]])
-
-
-def loss_curves(
-    run: RunConfig, comm: Communicator, config: GPT2Config, dev: ModuleType, operations: Any, steps: int
-) -> dict[str, list[float]]:
-    """What 1, 2, 4, ... ranks, up to all, see on the same global batches: the loss of every step."""
-    from mpi4py import MPI
-
-    from engine.comm.mpi import MPIRanks
-
-    B = min(run.B, MOST_SAMPLES)
-    step = replace(run, B=B, total_batch=comm.world * B * run.T, steps=steps, lr=6e-4, warmup=min(steps, 20))
-    dims, dtype = config.dims() | {"B": B, "T": run.T}, gradient_dtype(step, dev)
-    operations.prepare(dims, step.gelu_fusion, dtype)
-    training.tune_together(step, comm, operations, dims, dtype, True, {}, lambda line: None)  # one rank accumulates
-    found: dict[str, list[float]] = {}
-    for world in sorted(n for n in {1, 2, 4, 8, comm.world} if comm.world % n == 0):
-        some = MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Incl(range(world))) if comm.rank < world else None
-        if some:
-            several: Communicator = MPIRanks(some) if world > 1 else OneRank()
-            ranks = training.on_devices(several, "cuda" if dev.WORKS_ALONE else "numpy")
-            found[str(world)] = losses_of(replace(step, zero_stage=int(world > 1)), ranks, config, dev, operations)
-        comm.barrier()
-    return found
-
-
-def losses_of(run: RunConfig, comm: Any, config: GPT2Config, dev: ModuleType, operations: Any) -> list[float]:
-    t = make(run, comm, config, dev, operations, text_of_words(config, run, comm))
-    t.steps = run.steps
-    losses = []
-    for step in range(run.steps):
-        train.train_step(t, step)
-        losses.append(float(dev.to_host(t.loss)))
-    release(dev)
-    return losses
 
 
 def lines(figures: dict[str, Any]) -> Iterator[str]:
@@ -376,38 +185,6 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
     if "took" in figures:
         yield ""
         yield f"{figures['took']:.0f} s in all"
-
-
-def losses_in_words(curves: dict[str, list[float]]) -> Iterator[str]:
-    steps = len(curves["1"])
-    yield "losses of so many ranks on the same global batches:"
-    yield f"{'step':>8}" + "".join(f"{world:>12}" for world in curves)
-    for step in sorted({0, 1, steps // 4, steps // 2, 3 * steps // 4, steps - 1}):
-        yield f"{step + 1:8}" + "".join(f"{curve[step]:12.5f}" for curve in curves.values())
-    one = np.array(curves["1"])
-    for world, curve in curves.items():
-        if world != "1":
-            off = np.abs(np.array(curve) / one - 1)
-            yield f"{world} ranks: off by {off[0]:.1e} of one rank's at first, {off.max():.1e} at most"
-
-
-def draw(curves: dict[str, list[float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 5.5), dpi=120)
-    for i, (world, curve) in enumerate(curves.items()):
-        label = f"{world} GPU" + "s" * (world != "1")
-        axes.plot(range(1, len(curve) + 1), curve, label=label, linewidth=4 - i, alpha=0.7)
-    axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy (nats per token)")
-    axes.set_title("the same global batches")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
 
 
 @click.command(context_settings={"show_default": True})
@@ -479,13 +256,9 @@ def compare(
     free = free_before_nccl(comm) if dev.WORKS_ALONE else 0
     ranks = training.on_devices(comm, backend)
     nccl = most_of(comm, of_nccl(ranks, dev, free)) if dev.WORKS_ALONE else {}
-    dims, dtype = config.dims() | {"B": run.B, "T": run.T}, gradient_dtype(run, dev)
-    operations.prepare(dims, run.gelu_fusion, dtype)
     # One rank that takes the steps of several does accumulate.
-    training.tune_together(run, ranks, operations, dims, dtype, True, {}, lambda line: None)
-    rng = np.random.default_rng(comm.rank)
-    tokens = tuple(rng.integers(0, config.V, (run.B, run.T)).astype(np.int32) for _ in range(2))
-    measuring = config, dev, tokens, warm_up, steps
+    prepare_and_tune(run, ranks, config, dev, operations, accumulates=True)
+    measuring = config, dev, random_tokens(run, config, seed=comm.rank), warm_up, steps
     # Each way is compared with one rank that takes the same micro-batches, or with -d the same steps. All ranks do that
     # at once, each for itself: no GPU is as fast as another.
     alone = {each.total_batch: on_one_rank(each) for each in runs.values()}
@@ -522,20 +295,6 @@ def compare(
     if loss_steps:
         figures["losses"] = loss_curves(run, ranks, config, dev, operations, loss_steps)
     yield figures | {"took": time.monotonic() - began}
-
-
-def free_before_nccl(comm: Communicator) -> int:
-    """Bytes of this rank's GPU that are free once CUDA has started on it."""
-    from cupy.cuda import runtime
-
-    cuda.take(comm.local_rank)
-    return runtime.memGetInfo()[0]
-
-
-def most_of(comm: Communicator, sizes: dict[str, int]) -> dict[str, int]:
-    """The most that any rank has of each."""
-    most = comm.gather(np.array([*sizes.values()], np.float64)).max(axis=0)
-    return {name: int(nbytes) for name, nbytes in zip(sizes, most, strict=True)}
 
 
 if __name__ == "__main__":

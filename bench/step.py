@@ -1,10 +1,11 @@
 """A training step to be timed, whole or operation by operation, on any device."""
 
+import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,11 +14,14 @@ import click
 import numpy as np
 
 from engine import device, ops, training
+from engine.comm import Communicator
 from engine.comm.one import OneRank
 from engine.config import GPT2Config, RunConfig, model_from_descriptor
 from engine.device import eagerly
 from engine.errors import UsageError
-from engine.memory import require_memory
+from engine.memory import gradient_dtype, require_memory
+from engine.training import Training
+from engine.watchdog import Watchdog
 
 Array = Any
 
@@ -97,15 +101,29 @@ def set_up(V: int, layers: int | None = None, **values: Any) -> Setting:
     if problem := operations.unsupported(run.B, config.C, config.HS):
         raise UsageError(f"-e {run.model}: {problem}")
     require_memory(run, config, dev, operations, 1)
-    dims = config.dims() | {"B": run.B, "T": run.T}
-    operations.prepare(dims, run.gelu_fusion, dev.COMPUTE_DTYPE)
-    tuning = training.tune_together(run, OneRank(), operations, dims, dev.COMPUTE_DTYPE, False, {}, print)
+    tuning = prepare_and_tune(run, OneRank(), config, dev, operations, accumulates=False, say=print)
     return Setting(backend, dev, operations, config, run, tuning)
 
 
-def random_tokens(run: RunConfig, config: GPT2Config) -> np.ndarray:
+def prepare_and_tune(
+    run: RunConfig,
+    comm: Communicator,
+    config: GPT2Config,
+    dev: ModuleType,
+    operations: ModuleType,
+    *,
+    accumulates: bool,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Compiles every kernel and tunes the multiplies for the run's size: their table, the same on all ranks."""
+    dims, dtype = config.dims() | {"B": run.B, "T": run.T}, gradient_dtype(run, dev)
+    operations.prepare(dims, run.gelu_fusion, dtype)
+    return training.tune_together(run, comm, operations, dims, dtype, accumulates, {}, say)
+
+
+def random_tokens(run: RunConfig, config: GPT2Config, seed: int = 0) -> np.ndarray:
     """Tokens and targets, int32 (2,B,T)."""
-    return np.random.default_rng(0).integers(0, config.V, (2, run.B, run.T)).astype(np.int32)
+    return np.random.default_rng(seed).integers(0, config.V, (2, run.B, run.T)).astype(np.int32)
 
 
 def make_step(
@@ -141,6 +159,45 @@ def make_step(
         return loss
 
     return step
+
+
+initial_parameters = cache(training.initial_parameters)  # for one run after another
+
+
+def make_training(
+    run: RunConfig, comm: Any, config: GPT2Config, dev: ModuleType, operations: Any, batches: Iterator[Any]
+) -> Training:
+    """A run of train.py's on batches: the tokens and targets, int32 (2,B,T), of one micro-batch after another."""
+    model, zero, optimizer = training.assemble(run, comm, config, dev, operations)
+    optimizer.set_parameters(initial_parameters(config, run.seed))
+    return Training(
+        run=run,
+        comm=comm,
+        config=config,
+        device=dev,
+        ops=operations,
+        model=model,
+        zero=zero,
+        optimizer=optimizer,
+        loader=SimpleNamespace(next=batches.__next__),  # type: ignore[arg-type]
+        val=None,
+        tokenizer=None,
+        steps=1 << 30,
+        start=0,
+        watchdog=Watchdog(OneRank(), 0),
+        uploads=(dev.Upload((run.B, run.T), np.int32), dev.Upload((run.B, run.T), np.int32)),
+        replay=dev.replay(run.cuda_graph, print),
+        lane_losses=dev.zeros((len(model.lanes),), np.float64),
+        loss=dev.zeros((), np.float64),
+        identity={},
+    )
+
+
+def release(dev: ModuleType) -> None:
+    """Gives back the memory that nothing refers to any more, so that the next run finds it in one piece."""
+    gc.collect()
+    if dev.WORKS_ALONE:
+        dev.free_unused()
 
 
 class Recorded:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from bench.ranks import BESIDE_ATTENTION, EXCHANGES, on_one_rank, variants
+from bench.rank_exchanges import EXCHANGES
+from bench.ranks import BESIDE_ATTENTION, on_one_rank, variants
 from engine.config import RunConfig
 from tests.conftest import ROOT
 from tests.test_ranks import run  # skips this module too, where there is no mpirun
