@@ -56,15 +56,15 @@ class Copies:
         theirs, row = self._find(out), out[0].nbytes
         with self._meeting():
             for peer in self._peers():
-                self._copy(theirs[peer] + self._rank * row, _address(inp[peer]), row)
-            self._copy(_address(out[self._rank]), _address(inp[self._rank]), row)
+                self._copy(theirs[peer] + self._rank * row, address_of(inp[peer]), row)
+            self._copy(address_of(out[self._rank]), address_of(inp[self._rank]), row)
 
     def all_gather(self, buffer: Array) -> None:
         """buffer (world * n) holds, in each rank's n elements, what that rank has there."""
         theirs, part = self._find(buffer), buffer.nbytes // self._world
         with self._meeting():
             for peer in self._peers():
-                self._copy(theirs[peer] + self._rank * part, _address(buffer) + self._rank * part, part)
+                self._copy(theirs[peer] + self._rank * part, address_of(buffer) + self._rank * part, part)
 
     def forget(self) -> None:
         """Lets go of the others' memory, before they give it back. All ranks call this together, with nothing under
@@ -100,7 +100,7 @@ class Copies:
             there = self._told_there[peer] + (what * self._world + self._rank) * size
             _check(driver.cuStreamWriteValue32_v2(stream, ctypes.c_uint64(there), count, 0))
         for peer in self._peers():
-            here = _address(self._told) + (what * self._world + peer) * size
+            here = address_of(self._told) + (what * self._world + peer) * size
             _check(driver.cuStreamWaitValue32_v2(stream, ctypes.c_uint64(here), count, AT_LEAST))
 
     def _copy(self, to: int, what: int, nbytes: int) -> None:
@@ -108,7 +108,7 @@ class Copies:
         runtime.memcpyAsync(to, what, nbytes, runtime.memcpyDefault, self._stream.ptr)
 
     def _find(self, array: Array) -> list[int]:
-        key = _address(array), array.nbytes
+        key = address_of(array), array.nbytes
         if key not in self._theirs:
             self._theirs[key] = self._open(array)
         return self._theirs[key]
@@ -117,15 +117,15 @@ class Copies:
         """Where every rank's array lies in this rank's addresses."""
         runtime = self._cupy.cuda.runtime
         base, size = ctypes.c_uint64(), ctypes.c_size_t()
-        address = ctypes.c_uint64(_address(array))
+        address = ctypes.c_uint64(address_of(array))
         _check(_driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), address))
-        offset = np.array([_address(array) - base.value], np.uint64)
+        offset = np.array([address_of(array) - base.value], np.uint64)
         everyones = fingerprints(self._control, bytes(runtime.ipcGetMemHandle(base.value)) + offset.tobytes())
         found = []
         for peer, blob in enumerate(everyones):
             key = peer, blob[:HANDLE]
             if peer == self._rank:
-                found.append(_address(array))
+                found.append(address_of(array))
                 continue
             if key not in self._opened:
                 self._opened[key] = runtime.ipcOpenMemHandle(blob[:HANDLE])
@@ -133,7 +133,8 @@ class Copies:
         return found
 
 
-def _address(array: Array) -> int:
+def address_of(array: Array) -> int:
+    """Where an array of a GPU begins."""
     return array.data.ptr
 
 

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from engine.comm import Communicator
-from engine.comm.copies import Copies
+from engine.comm.copies import Copies, address_of
 from engine.errors import UsageError
 
 Array = Any
@@ -65,8 +65,8 @@ class NCCLRanks:
             self._cupy.copyto(out[self.rank], inp[self.rank])
             with self._group():
                 for peer in (rank for rank in range(self.world) if rank != self.rank):
-                    self._ranks.send(_address(inp[peer]), count, code, peer, self._stream.ptr)
-                    self._ranks.recv(_address(out[peer]), count, code, peer, self._stream.ptr)
+                    self._ranks.send(address_of(inp[peer]), count, code, peer, self._stream.ptr)
+                    self._ranks.recv(address_of(out[peer]), count, code, peer, self._stream.ptr)
 
     def reduce_scatter(self, buffer: Array) -> None:
         self._check(buffer)
@@ -74,7 +74,7 @@ class NCCLRanks:
         own = buffer[self.rank * count :][:count]
         with self._in_order():
             self._ranks.reduceScatter(
-                *(_address(buffer), _address(own), count),
+                *(address_of(buffer), address_of(own), count),
                 *(self._dtypes[buffer.dtype], self._nccl.NCCL_SUM, self._stream.ptr),
             )
 
@@ -93,7 +93,7 @@ class NCCLRanks:
         if not isinstance(values, self._cupy.ndarray):
             return self._control.gather(values)
         self._check(values)
-        key = _address(values), values.size
+        key = address_of(values), values.size
         if key not in self._gathered:  # in the first step, so that later ones allocate nothing
             self._gathered[key] = self._cupy.zeros((self.world, *values.shape), values.dtype)
         self._all_gather(values, self._gathered[key])
@@ -162,7 +162,7 @@ class NCCLRanks:
 
     def _all_gather(self, own: Array, out: Array) -> None:
         with self._in_order():
-            self._ranks.allGather(_address(own), _address(out), own.size, self._dtypes[own.dtype], self._stream.ptr)
+            self._ranks.allGather(address_of(own), address_of(out), own.size, self._dtypes[own.dtype], self._stream.ptr)
 
     def _check(self, *arrays: Array) -> None:
         """NCCL takes addresses and counts, and believes them."""
@@ -190,7 +190,3 @@ def _library() -> Any:
             'pip install -e ".[cuda13]" (or cuda12); --device cpu does without'
         )
     return nccl
-
-
-def _address(array: Array) -> int:
-    return array.data.ptr

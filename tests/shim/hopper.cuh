@@ -10,7 +10,7 @@ struct Barrier {
 
 namespace shim {
 
-constexpr unsigned MAX_BARRIERS = 256, MAX_BOXES = 1024, MAX_PRODUCTS = 128, MAX_SUMS = 16, MAX_COLUMNS = 128;
+constexpr unsigned MAX_BARRIERS = 256, MAX_TRANSFERS = 1024, MAX_PRODUCTS = 128, MAX_SUMS = 16, MAX_COLUMNS = 128;
 constexpr unsigned long long MADE = 0x0ba221e2ull << 32, TENSOR_MAP = 0x70616d726f736e74ull;
 constexpr long long MAX_BYTES = (1 << 20) - 1;  // that a barrier may wait for (PTX ISA, "Tracking asynchronous ...")
 
@@ -28,7 +28,7 @@ struct Phase {
 struct Map {
     unsigned long long kind, address, dims[3], strides[2], box[3];
 };
-struct Box {
+struct Transfer {
     Phase* phase;
     unsigned char* shared;
     const Map* map;  // null: so many bytes as they lie in memory
@@ -39,8 +39,8 @@ struct Box {
 };
 
 static Phase barriers[MAX_BARRIERS];
-static Box boxes[MAX_BOXES];
-static unsigned barrier_count, box_count;
+static Transfer transfers[MAX_TRANSFERS];
+static unsigned barrier_count, transfer_count;
 
 // A warp's 16 rows of a d that products are under way for; in the registers of its lanes is NaN meanwhile.
 struct Sum {
@@ -88,20 +88,20 @@ inline Phase& phase_of(const char* name, const Barrier& barrier) {
 }
 
 // Zeros outside the tensor; 16 bytes at column c of row r lie at column c ^ r % 8.
-inline void carry_out(const Box& box) {
-    if (!box.map) {
-        memcpy(box.shared, box.global, box.count);
+inline void carry_out(const Transfer& transfer) {
+    if (!transfer.map) {
+        memcpy(transfer.shared, transfer.global, transfer.count);
         return;
     }
-    const Map& map = *box.map;
+    const Map& map = *transfer.map;
     for (unsigned long long row = 0; row < map.box[1] * map.box[2]; row++) {
-        const long long y = box.at[1] + row % map.box[1], z = box.at[2] + row / map.box[1];
+        const long long y = transfer.at[1] + row % map.box[1], z = transfer.at[2] + row / map.box[1];
         const bool inside = y >= 0 && y < (long long)map.dims[1] && z >= 0 && z < (long long)map.dims[2];
         const bf16* from = reinterpret_cast<const bf16*>(map.address + z * map.strides[1] + y * map.strides[0]);
         for (unsigned c = 0; c < 8; c++) {
-            bf16* to = reinterpret_cast<bf16*>(box.shared + row * 128 + (c ^ row % 8) * 16);
+            bf16* to = reinterpret_cast<bf16*>(transfer.shared + row * 128 + (c ^ row % 8) * 16);
             for (unsigned i = 0; i < 8; i++) {
-                const long long x = box.at[0] + 8 * c + i;
+                const long long x = transfer.at[0] + 8 * c + i;
                 to[i].bits = inside && x >= 0 && x < (long long)map.dims[0] ? from[x].bits : 0;
             }
         }
@@ -111,17 +111,17 @@ inline void carry_out(const Box& box) {
 // Ends the phase if all arrivals, and all bytes with what is under way, are there.
 inline bool end_phase(Phase& phase) {
     long long coming = 0;
-    for (unsigned i = 0; i < box_count; i++)
-        if (boxes[i].phase == &phase) coming += boxes[i].bytes();
+    for (unsigned i = 0; i < transfer_count; i++)
+        if (transfers[i].phase == &phase) coming += transfers[i].bytes();
     if (phase.pending || phase.bytes != coming) return false;
     unsigned kept = 0;
-    for (unsigned i = 0; i < box_count; i++) {
-        if (boxes[i].phase == &phase)
-            carry_out(boxes[i]);
+    for (unsigned i = 0; i < transfer_count; i++) {
+        if (transfers[i].phase == &phase)
+            carry_out(transfers[i]);
         else
-            boxes[kept++] = boxes[i];
+            transfers[kept++] = transfers[i];
     }
-    box_count = kept;
+    transfer_count = kept;
     phase.number++;
     phase.pending = phase.arrivals;
     phase.bytes = 0;
@@ -135,8 +135,8 @@ struct Passed : Condition {
     bool holds() override { return phase.number % 2 != parity || end_phase(phase); }
     const char* tell() override {
         long long missing = phase.bytes;
-        for (unsigned i = 0; i < box_count; i++)
-            if (boxes[i].phase == &phase) missing -= boxes[i].bytes();
+        for (unsigned i = 0; i < transfer_count; i++)
+            if (transfers[i].phase == &phase) missing -= transfers[i].bytes();
         snprintf(
             phase.text[parity], sizeof phase.text[parity],
             "barrier_wait(barrier %u, parity %u): its phase %u lacks %u arrivals, %lld bytes",
@@ -152,8 +152,8 @@ inline void arrive(const char* name, Barrier& barrier, long long bytes) {
     phase.bytes += bytes;
     if (phase.bytes > MAX_BYTES) fail(name, "more bytes than a barrier can count");
     if (--phase.pending || phase.bytes) return;
-    for (unsigned i = 0; i < box_count; i++)
-        if (boxes[i].phase == &phase) return;
+    for (unsigned i = 0; i < transfer_count; i++)
+        if (transfers[i].phase == &phase) return;
     end_phase(phase);
     give_way();  // who waited may at once do what this thread must be ready for
 }
@@ -175,8 +175,8 @@ inline void read_factor(
             unsigned at = start + row / 8 * stride + row % 8 * 128 + word / 8 * leading + word % 8 * 16;
             at ^= (at >> 7) % 8 << 4;
             if (at + 16 > dynamic_size) fail(name, "a factor lies outside the dynamic shared memory");
-            for (unsigned i = 0; i < box_count; i++)
-                if (dynamic + at - boxes[i].shared < boxes[i].bytes() && dynamic + at >= boxes[i].shared)
+            for (unsigned i = 0; i < transfer_count; i++)
+                if (dynamic + at - transfers[i].shared < transfers[i].bytes() && dynamic + at >= transfers[i].shared)
                     fail(name, "a factor is a box that no wait for its barrier has passed for");
             unsigned short x[WORD];
             memcpy(x, dynamic + at, sizeof x);
@@ -284,7 +284,7 @@ inline LaneProducts& lane_of_warpgroup(const char* name) {
 }
 
 static void start_block() {
-    barrier_count = box_count = 0;
+    barrier_count = transfer_count = 0;
     memset(lane_products, 0, sizeof lane_products);
     for (unsigned w = 0; w < (threads + WARP_LANES - 1) / WARP_LANES; w++) {
         products[w].started = products[w].finished = 0;
@@ -293,7 +293,7 @@ static void start_block() {
 }
 
 static void end_block() {
-    if (box_count) return report(": copy_box: %u boxes that nobody waited for", box_count);
+    if (transfer_count) return report(": %u copies that nobody waited for", transfer_count);
     for (unsigned w = 0; w < (threads + WARP_LANES - 1) / WARP_LANES; w++) {
         const unsigned left = products[w].started - products[w].finished;
         if (left) return report(": product_64x16: warp %u never waited for %u products", w, left);
@@ -347,13 +347,13 @@ __device__ __forceinline__ void copy_box(
     const Map* map = reinterpret_cast<const Map*>(map_);
     Phase& phase = phase_of(name, barrier);
     if (map->kind != TENSOR_MAP) fail(name, "no tensor map there");
-    if (box_count == MAX_BOXES) fail(name, "too many copies under way");
-    const Box box = {&phase, static_cast<unsigned char*>(shared), map, {x, y, z}, nullptr, 0};
+    if (transfer_count == MAX_TRANSFERS) fail(name, "too many copies under way");
+    const Transfer transfer = {&phase, static_cast<unsigned char*>(shared), map, {x, y, z}, nullptr, 0};
     const unsigned offset = offset_of(name, shared);
     if (offset % 1024) fail(name, "a box that does not begin at a multiple of 1,024 bytes");
-    if (offset + box.bytes() > dynamic_size) fail(name, "the box ends outside the dynamic shared memory");
-    memset(shared, 0xff, box.bytes());  // until waited for, neither the old nor the new may be read
-    boxes[box_count++] = box;
+    if (offset + transfer.bytes() > dynamic_size) fail(name, "the box ends outside the dynamic shared memory");
+    memset(shared, 0xff, transfer.bytes());  // until waited for, neither the old nor the new may be read
+    transfers[transfer_count++] = transfer;
 }
 
 __device__ __forceinline__ void copy_bytes(void* shared, const void* global, int bytes, Barrier& barrier) {
@@ -363,9 +363,9 @@ __device__ __forceinline__ void copy_bytes(void* shared, const void* global, int
     const auto address = [](const void* p) { return reinterpret_cast<unsigned long long>(p); };
     if (bytes <= 0 || bytes % 16 || address(shared) % 16 || address(global) % 16)
         fail(name, "not in multiples of 16 bytes");
-    if (box_count == MAX_BOXES) fail(name, "too many copies under way");
+    if (transfer_count == MAX_TRANSFERS) fail(name, "too many copies under way");
     memset(shared, 0xff, bytes);
-    boxes[box_count++] = {&phase, static_cast<unsigned char*>(shared), nullptr, {}, global, bytes};
+    transfers[transfer_count++] = {&phase, static_cast<unsigned char*>(shared), nullptr, {}, global, bytes};
 }
 
 __device__ __forceinline__ unsigned long long factor(const void* shared, int aside = 0) {
