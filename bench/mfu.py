@@ -36,6 +36,7 @@ from bench.step import (
     nbytes,
     options,
     random_tokens,
+    release,
     set_up,
 )
 from engine.config import GPT2Config
@@ -108,6 +109,7 @@ def main(
     replay = dev.replay(cuda_graph, print)
     recorded = Recorded(operations, dev)
     rates = measure_rates(dev, operations)
+    release(dev)
     inp, targets = random_tokens(run, config)
     step = make_step(config, inp, targets, dev, recorded, recompute=run.recompute)
 

@@ -196,8 +196,7 @@ def make_training(
 def release(dev: ModuleType) -> None:
     """Gives back the memory that nothing refers to any more, so that the next run finds it in one piece."""
     gc.collect()
-    if dev.WORKS_ALONE:
-        dev.free_unused()
+    dev.free_unused()
 
 
 class Recorded:

@@ -124,7 +124,7 @@ class AdamW:
     def set_parameters(self, values: dict[str, np.ndarray]) -> None:
         """The parameters, and their masters, = values (fp32) by name."""
         for name, view in self._params.views.items():
-            view[...] = self._device.to_device(values[name].astype(view.dtype))
+            self._device.put(view, values[name].astype(view.dtype))
         if self.master is not None:
             self._take(self.master, values)
 
@@ -151,7 +151,7 @@ class AdamW:
         for kind, owned in (("m", self.m), ("v", self.v)):
             self._take(owned, {name: state[f"{kind}.{name}"] for name in self._params.views})
         for name, window in self._windows.items():
-            window[...] = self._device.to_device(state[name])
+            self._device.put(window, state[name])
 
     def _take(self, owned: Any, values: dict[str, np.ndarray]) -> None:
         """owned = this rank's part of values, which are all tensors by name."""

@@ -74,7 +74,7 @@ def main(run_dir: Path, prompt: str, count: int, temperature: float, seed: int) 
     T, dev = saved.state["options"]["T"], device.load("numpy")
     model = GPT2(config, ops.load("numpy"), dev, B=1, T=T, recompute=2)
     for name, values in saved.tensors(MODEL_FILE).items():
-        model.params.views[name][...] = dev.to_device(values)
+        dev.put(model.params.views[name], values)
     context = [tokens.eot, *tokens.encode(prompt).tolist()]
     drawn = generate(model, dev, context, count, T=T, seed=seed, step=saved.step, temperature=temperature)
     click.echo(prompt + printable(tokens.decode(drawn)))

@@ -205,7 +205,7 @@ class Zero:
     def restore(self, owned: Array, flat: np.ndarray) -> None:
         """owned (num_owned) = this rank's elements of flat, which lies on the host: the inverse of `whole`."""
         for span, part in zip(self.owned, self.owned_by_bucket, strict=True):
-            owned[part] = self._device.to_device(flat[span])
+            self._device.put(owned[part], flat[span])
 
 
 def _nothing(bucket: int) -> None:

@@ -3,6 +3,7 @@
 import sys
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 
 from engine import device, ops
@@ -49,6 +50,21 @@ def test_where_there_is_a_driver_the_cpu_is_not_taken_in_silence(machine):
     assert "CuPy is broken" in said[0]
     with pytest.raises(UsageError, match="CuPy is broken"):
         choose("cuda")
+
+
+@pytest.mark.gpu
+def test_what_is_put_on_a_gpu_takes_no_more_of_its_memory():
+    host = np.arange(1 << 20, dtype=np.float32).astype(cuda.COMPUTE_DTYPE).reshape(-1, 8)
+    array = cuda.zeros((2, *host.shape), cuda.COMPUTE_DTYPE)
+    cuda.free_unused()
+    free = cuda.available_bytes()
+    cuda.put(array[1], host)
+    assert cuda.available_bytes() == free
+    before, after = cuda.to_host(array)
+    assert not before.any()
+    assert after.tobytes() == host.tobytes()
+    with pytest.raises((TypeError, ValueError)):
+        cuda.put(array[1], host[1:])
 
 
 def test_each_rank_takes_a_gpu_of_those_it_sees(monkeypatch):

@@ -134,6 +134,7 @@ def on(name: str) -> Iterator[Twin]:
             patch.setattr(cublaslt, "matmul", matmul)
             patch.setattr(tensor_map, "encode", shim.tensor_map)
             patch.setattr(cuda, "to_device", lambda host: host)
+            patch.setattr(cuda, "put", numpy.put)
             patch.setattr(cuda, "zeros", lambda shape, dtype: np.zeros(shape, dtype))
             patch.setattr(cuda, "Upload", numpy.Upload)
             patch.setattr(cuda, "shared_memory_limit", lambda: 227 << 10)

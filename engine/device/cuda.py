@@ -39,6 +39,11 @@ def to_device(host: np.ndarray) -> Array:
         return cupy.asarray(host)
 
 
+def put(array: Array, host: np.ndarray) -> None:
+    """array, which lies in one piece, = host, of its shape and dtype: without more memory of the GPU."""
+    array.set(host)
+
+
 @contextmanager
 def _taking(nbytes: int) -> Iterator[None]:
     import cupy

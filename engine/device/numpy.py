@@ -32,6 +32,11 @@ def to_device(host: np.ndarray) -> np.ndarray:
     return host
 
 
+def put(array: np.ndarray, host: np.ndarray) -> None:
+    """array = host, of its shape and dtype."""
+    array[...] = host
+
+
 def to_host(array: np.ndarray) -> np.ndarray:
     """array as a numpy array."""
     return array
@@ -50,6 +55,10 @@ def available_bytes() -> int:
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
         available = min(available, int(text) - int(used.read_text()))
     return available
+
+
+def free_unused() -> None:
+    """What arrays that are gone have taken goes back at once here; a GPU is told to."""
 
 
 class Upload:

@@ -7,7 +7,7 @@ import numpy as np
 
 from engine.device import kernels, tensor_map
 from engine.ops.cuda import column_sums
-from engine.ops.cuda.scratch import blocks, scratch
+from engine.ops.cuda.scratch import MULTIPROCESSORS, blocks, scratch
 
 Array = Any
 
@@ -19,9 +19,9 @@ THREADS = 128  # for them
 for_hopper = False
 FORWARD_GROUPS = {64: 1, 128: 2}  # of ROWS rows each, in a block, by head size, as in that file; one backward
 STAGES = 2
-ROOM = {  # for blocks at a time, on the 132 multiprocessors of an H100 SXM: it decides nothing but their order
-    64: {"forward": 5 * 132, "backward_kv": 3 * 132, "backward_q": 4 * 132},
-    128: {"forward": 2 * 132, "backward_kv": 2 * 132, "backward_q": 2 * 132},
+ROOM = {  # for blocks on a multiprocessor: it decides nothing but their order
+    64: {"forward": 5, "backward_kv": 3, "backward_q": 4},
+    128: {"forward": 2, "backward_kv": 2, "backward_q": 2},
 }
 
 
@@ -94,7 +94,7 @@ def _launch_hopper(name: str, B: int, NH: int, T: int, HS: int, *args: Any) -> N
     groups, own = (FORWARD_GROUPS[HS], FORWARD_GROUPS[HS]) if name == "forward" else (1, 2)
     shares = blocks(T, ROWS * groups)
     # So many that the longest of their blocks, started first, end before the others do.
-    tail = min(B * NH, blocks(5 * ROOM[HS][name], 2 * (shares + 1)))
+    tail = min(B * NH, blocks(5 * ROOM[HS][name] * MULTIPROCESSORS, 2 * (shares + 1)))
     kernels.launch(
         "attention_hopper",
         f"attention_hopper_{name}",

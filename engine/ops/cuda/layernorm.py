@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from engine.device import kernels
-from engine.ops.cuda.scratch import blocks, scratch, share_out
+from engine.ops.cuda.scratch import at_a_time, blocks, scratch, share_out
 
 Array = Any
 
-MOST_BLOCKS = 512  # of backward: each leaves sums of 3 C numbers, to be added up
-FEWEST_ROWS = 8  # of a block
+REGISTERS = {1: 80, 2: 128}  # of a thread of backward, by the packs that it takes
+FEWEST_ROWS = 8  # of a block of backward: each leaves sums of 3 C numbers, to be added up
 STAGES = 2  # as in kernels_cu/layernorm.cu
 
 
@@ -42,15 +42,14 @@ def backward(
     accumulate: bool,
 ) -> None:
     N, C = mean.size, weight.size
-    rows, count = share_out(N, MOST_BLOCKS, FEWEST_ROWS)
+    rows, count = shares(N, C)
     defines = packs(C) | kernels.grad_variant(dweight.dtype)
-    threads = blocks(blocks(C // 8, defines["PACKS"]), 32) * 32
     (partial,) = scratch(((count, 3, C), np.float32))
     kernels.launch(
         "layernorm",
         "layernorm_backward",
         (count,),
-        (threads,),
+        (threads(C),),
         *(dinp, partial, dout, inp, weight, mean, rstd, rows, count, N, C),
         shared_bytes=STAGES * 3 * C * 2,
         defines=defines,
@@ -66,8 +65,18 @@ def backward(
 
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:
-    _, count = share_out(dims["B"] * dims["T"], MOST_BLOCKS, FEWEST_ROWS)
+    _, count = shares(dims["B"] * dims["T"], dims["C"])
     return count * 3 * dims["C"] * 4
+
+
+def shares(N: int, C: int) -> tuple[int, int]:
+    """(rows of a block, blocks) of backward: as many as run at a time."""
+    return share_out(N, at_a_time(threads(C), REGISTERS[packs(C)["PACKS"]]), FEWEST_ROWS)
+
+
+def threads(C: int) -> int:
+    """Of a block of backward: whole warps, which have all packs of a row."""
+    return blocks(blocks(C // 8, packs(C)["PACKS"]), 32) * 32
 
 
 def packs(C: int) -> dict[str, int]:
