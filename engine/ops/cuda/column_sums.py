@@ -6,25 +6,24 @@ from typing import Any
 import numpy as np
 
 from engine.device import kernels
-from engine.ops.cuda.scratch import at_a_time, blocks, scratch, share_out
+from engine.ops.cuda.scratch import blocks, scratch, share_out
 
 Array = Any
 
-COLUMNS = THREADS = 256  # of a block
-REGISTERS = 40  # of a thread
+MOST_BLOCKS = 128  # of rows, in the sums over them
 FEWEST_ROWS = 32  # of a block
 
 
 def add(out: Array, x: Array, *, accumulate: bool) -> None:
     C = out.size
     N = x.size // C
-    rows, count = shares(N, C)
+    rows, count = share_out(N, MOST_BLOCKS, FEWEST_ROWS)
     (partial,) = scratch(((count, C), np.float32))
     kernels.launch(
         "column_sums",
         "column_sums_of_blocks",
-        (blocks(C, COLUMNS), count),
-        (THREADS,),
+        (blocks(C, 256), count),
+        (256,),
         *(partial, x, rows, count, N, C),
         defines=kernels.grad_variant(out.dtype),
     )
@@ -45,11 +44,5 @@ def add_partial(out: Array, partial: Array, *, accumulate: bool) -> None:
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:
     """Of the widest bias, that of 4 C channels."""
-    C = 4 * dims["C"]
-    _, count = shares(dims["B"] * dims["T"], C)
-    return count * C * 4
-
-
-def shares(N: int, C: int) -> tuple[int, int]:
-    """(rows of a block, blocks for N rows) of the sums over rows: as many as run at a time, with those beside them."""
-    return share_out(N, at_a_time(THREADS, REGISTERS) // blocks(C, COLUMNS) or 1, FEWEST_ROWS)
+    _, count = share_out(dims["B"] * dims["T"], MOST_BLOCKS, FEWEST_ROWS)
+    return count * 4 * dims["C"] * 4

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 
 from engine.device import kernels
-from engine.ops.cuda.scratch import at_a_time, blocks, scratch, share_out
+from engine.ops.cuda.scratch import MULTIPROCESSORS, blocks, scratch, share_out
 
 Array = Any
 
-REGISTERS = {1: 80, 2: 128}  # of a thread of backward, by the packs that it takes
-FEWEST_ROWS = 8  # of a block of backward: each leaves sums of 3 C numbers, to be added up
+# Of backward, whose blocks each leave sums of 3 C numbers, to be added up: all blocks run at a time.
+MOST_BLOCKS = 4  # on a multiprocessor
+REGISTERS, ALL_REGISTERS = {1: 80, 2: 128}, 64 << 10  # of a thread, by the packs that it takes; of a multiprocessor
+FEWEST_ROWS = 8  # of a block
 STAGES = 2  # as in kernels_cu/layernorm.cu
 
 
@@ -70,8 +72,9 @@ def scratch_bytes(dims: Mapping[str, int]) -> int:
 
 
 def shares(N: int, C: int) -> tuple[int, int]:
-    """(rows of a block, blocks) of backward: as many as run at a time."""
-    return share_out(N, at_a_time(threads(C), REGISTERS[packs(C)["PACKS"]]), FEWEST_ROWS)
+    """(rows of a block, blocks) of backward."""
+    room = ALL_REGISTERS // (threads(C) * REGISTERS[packs(C)["PACKS"]])
+    return share_out(N, MULTIPROCESSORS * min(MOST_BLOCKS, room), FEWEST_ROWS)
 
 
 def threads(C: int) -> int:

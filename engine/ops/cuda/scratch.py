@@ -1,4 +1,4 @@
-"""Scratch memory, and how many blocks cover something, or find room on a GPU.
+"""Scratch memory, and how many blocks cover something.
 
 Operations run one after the other on one stream, so one buffer serves them all. A run takes it before its first step,
 of the size that the largest operation will ask for; without that it grows as they ask.
@@ -15,7 +15,6 @@ Array = Any
 
 # Of an H100 SXM: how work is shared out, and so the order of sums, is the same on every GPU.
 MULTIPROCESSORS = 132
-REGISTERS = 64 << 10  # of a multiprocessor
 
 _ALIGNMENT = 256
 PADDING = 8 * _ALIGNMENT  # of the arrays that one operation asks for, at most
@@ -46,11 +45,6 @@ def reserve(nbytes: int) -> None:
 def blocks(n: int, per_block: int) -> int:
     """How many blocks of so many it takes for n."""
     return -(-n // per_block)
-
-
-def at_a_time(threads: int, registers: int) -> int:
-    """Blocks of so many threads, each with so many registers, that run at a time."""
-    return MULTIPROCESSORS * (REGISTERS // (threads * registers))
 
 
 def share_out(n: int, most_blocks: int, fewest_rows: int) -> tuple[int, int]:
