@@ -1,4 +1,6 @@
-"""What a step's exchanges cost: the step with them and without, and each of them beside computing and alone."""
+"""What a step's exchanges cost: the step with them and without, each of them beside computing and alone, and how long
+computing waits for them.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -27,17 +29,19 @@ class Instead:
 
 
 class Timed:
-    """Functions that are timed where they run. calls: (name, bytes of the last array, mark before, mark after)."""
+    """Functions that are timed where they run. calls: (name, bytes of the last argument, mark before, mark after)."""
 
     def __init__(self, dev: ModuleType):
         self._dev = dev
         self.calls: list[tuple[str, int, Any, Any]] = []
 
-    def function(self, name: str, function: Callable[..., None]) -> Callable[..., None]:
-        def call(*args: Any, **options: Any) -> None:
+    def function(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
             began = self._dev.mark()
-            function(*args, **options)
-            self.calls.append((name, args[-1].nbytes, began, self._dev.mark()))
+            result = function(*args, **options)
+            nbytes = getattr(args[-1], "nbytes", 0) if args else 0
+            self.calls.append((name, nbytes, began, self._dev.mark()))
+            return result
 
         return call
 
@@ -49,33 +53,13 @@ class Timed:
         self.calls.clear()
         return {key: (len(each) / FEW, 1e6 * float(np.median(each))) for key, each in seconds.items()}
 
-
-def start_beside_attention(t: Training) -> None:
-    """The exchange of a layer begins when attention's backward of the layer below does, not with the next multiply.
-
-    An experiment: NCCL's blocks take a multiprocessor each for themselves, and a multiply whose blocks stay from its
-    beginning to its end, one on each, ends late if it does not get all at once; attention has many short blocks.
-    """
-    waiting: list[int] = []
-    operations: Any = t.ops
-
-    def begin() -> None:
-        while waiting:
-            t.zero.reduce(waiting.pop(0))
-
-    def ready(bucket: int) -> None:
-        waiting.append(bucket)
-        if bucket <= 1:  # no attention follows
-            begin()
-
-    def attention_backward(*args: Any, **options: Any) -> None:
-        begin()
-        operations.attention.backward(*args, **options)
-
-    attention = Instead(operations.attention, backward=attention_backward)
-    t.model.ops = Instead(operations, attention=attention)  # type: ignore[assignment]
-    before = t.zero.when_ready
-    t.zero.when_ready = lambda first, last: ready if last else before(first, last)  # type: ignore[method-assign]
+    def totals(self) -> dict[str, float]:
+        """name -> us in each of FEW steps: of the calls since the last time."""
+        us: dict[str, float] = defaultdict(float)
+        for name, _, began, ended in self.calls:
+            us[name] += 1e6 * self._dev.seconds_between(began, ended) / FEW
+        self.calls.clear()
+        return dict(us)
 
 
 def seconds_a_step(t: Training, warm_up: int, steps: int) -> float:
@@ -93,23 +77,36 @@ def seconds_a_step(t: Training, warm_up: int, steps: int) -> float:
 
 
 def cost_of_exchanges(t: Training, steps: int) -> dict[str, Any]:
-    """Each exchange's and sum's times, and the seconds of a step without exchanges: t has none from then on."""
+    """Each exchange's and sum's times, the waits for them, and the seconds of a step without exchanges: t has none from
+    then on.
+    """
     zero: Any = t.zero
-    timed = Timed(t.device)
+    comm = t.comm
+    timed, waits = Timed(t.device), Timed(t.device)
     summed = Instead(t.ops.reduce, sum_slices=timed.function("sum", t.ops.reduce.sum_slices))
-    zero._comm = Instead(t.comm, **{name: timed.function(name, getattr(t.comm, name)) for name in EXCHANGES})
+    zero._comm = Instead(
+        comm,
+        gather=waits.function("norm", comm.gather),
+        **{name: timed.function(name, getattr(comm, name)) for name in EXCHANGES},
+    )
     zero._ops = Instead(t.ops, reduce=summed)
+    zero.settle, t.model.on_need = waits.function("sums", zero.settle), waits.function("parameters", zero.need)
+    t.comm = Instead(comm, gather=waits.function("loss", comm.gather))  # type: ignore[assignment]
     t.replay = eagerly  # a graph would go on with what it has recorded
-    found: dict[str, Any] = {"phases": phases(t, timed)}
-    zero._comm = Instead(t.comm, **dict.fromkeys(EXCHANGES, lambda *_: None))
+    for step in range(FEW):
+        train.train_step(t, step)
+    waited = waits.totals()
+    found: dict[str, Any] = {"waits": waited, "phases": phases(t, timed)}
+    t.comm = comm
+    del zero.settle
+    t.model.on_need = zero.need
+    zero._comm = Instead(comm, **dict.fromkeys(EXCHANGES, lambda *_: None))
     zero._ops, t.replay = t.ops, t.device.replay(t.run.cuda_graph, print)
     return found | {"seconds_silent": seconds_a_step(t, 2, steps)}
 
 
 def phases(t: Training, timed: Timed) -> list[dict[str, Any]]:
-    """Each kind of exchange and sum, by the bytes that it is of: beside computing and alone."""
-    for step in range(FEW):
-        train.train_step(t, step)
+    """Each kind of exchange and sum, by the bytes that it is of: in FEW steps that have been taken, and alone."""
     t.zero.settle()
     beside = timed.medians()
     exchanges_alone(t)

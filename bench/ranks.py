@@ -3,8 +3,8 @@
 Tokens per second of one rank alone and of all, in the same call on the same machine; for each way to share out (-z,
 --reduce, --lanes) the step's time, with the exchanges and without them: the difference is what of them is not hidden
 behind computing. Then how long each exchange and sum takes, on whatever stream it runs, beside computing and without
-it, and each rank's memory: what the tables say, what there is, and what NCCL takes. Last, the losses of 1, 2, 4, ...
-ranks on the same global batches, in one picture.
+it, how long computing waits for them, and each rank's memory: what the tables say, what there is, and what NCCL takes.
+Last, the losses of 1, 2, 4, ... ranks on the same global batches, in one picture.
 
 Tokens are random, and the updates are real ones. All that is timed is train.py's own step. NCCL takes its variables
 (NCCL_MAX_CTAS, ...) from the environment, and they are written down.
@@ -29,7 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.machine import machine, versions
-from bench.rank_exchanges import cost_of_exchanges, seconds_a_step, start_beside_attention
+from bench.rank_exchanges import cost_of_exchanges, seconds_a_step
 from bench.rank_losses import draw, loss_curves, losses_in_words
 from bench.step import make_training, prepare_and_tune, random_tokens, release
 from engine import device, ops, training
@@ -43,7 +43,6 @@ from engine.report import have_matplotlib
 from engine.training import Training
 
 LOSSES = "losses"  # what --only calls the runs on 1, 2, 4, ... ranks
-BESIDE_ATTENTION = "-z 1 beside attention"
 
 
 def held(t: Training) -> dict[str, int]:
@@ -63,7 +62,6 @@ def measure(
     tokens: Any,
     warm_up: int,
     steps: int,
-    beside_attention: bool = False,
 ) -> dict[str, Any]:
     """One way to share out: a step's time with exchanges and without, its phases, its memory."""
     operations = ops.load("cuda" if dev.WORKS_ALONE else "numpy")
@@ -71,8 +69,6 @@ def measure(
     free = dev.available_bytes()
     t = make_training(run, comm, config, dev, operations, repeat(tokens))
     taken = free - dev.available_bytes()
-    if beside_attention:
-        start_beside_attention(t)
     found: dict[str, Any] = {"seconds": seconds_a_step(t, warm_up, steps), "loss": float(dev.to_host(t.loss))}
     if comm.world > 1:
         found |= cost_of_exchanges(t, steps)
@@ -136,7 +132,7 @@ def variants(run: RunConfig, world: int, lanes: int, on_gpus: bool) -> dict[str,
         tokens = max(run.total_batch, lanes * run.B * run.T, world * run.B * run.T)
         step = replace(run, zero_stage=1, total_batch=tokens)
         found += [step, replace(step, lanes=lanes)]
-    return {name_of(each): each for each in found} | {BESIDE_ATTENTION: replace(run, zero_stage=1)}
+    return {name_of(each): each for each in found}
 
 
 def on_one_rank(run: RunConfig) -> RunConfig:
@@ -174,6 +170,8 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
                 f"  {row['name']:16}{row['bytes']:>13,} bytes {row['times']:6.1f} times a step"
                 f"{row['us']:12.1f} us each,{row['us_alone']:9.1f} us alone ({rate:.1f} GB/s)"
             )
+        waits = ", ".join(f"{what} {us:.0f}" for what, us in found["waits"].items())
+        yield f"  computing waits for them, us a step: {waits}"
         classes = ", ".join(f"{kind} {nbytes / 2**20:,.1f}" for kind, nbytes in found["memory"].items() if nbytes)
         arrays = " and ".join(f"{kind} {nbytes / 2**20:,.1f}" for kind, nbytes in found["held"].items())
         measured = f"; taken {found['taken'] / 2**20:,.1f}" if found["taken"] is not None else ""
@@ -288,7 +286,7 @@ def compare(
         yield figures
     for name, each in runs.items():
         carried = ranks if each.carrier == "nccl" else training.on_devices(comm, backend, each.carrier)
-        found = measure(each, carried, *measuring, name == BESIDE_ATTENTION)
+        found = measure(each, carried, *measuring)
         found["of_ideal"] = found["tokens_per_second"] / ideal[each.total_batch]
         figures["variants"][name] = found
         yield figures

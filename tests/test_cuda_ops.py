@@ -642,6 +642,7 @@ def hopper_attention(twin, monkeypatch):
         rows = {"forward": 64 * attention.FORWARD_GROUPS[HS], "backward_q": 64, "backward_kv": 64}
         room = {name: 2 * (-(-T // count) + 1) * tail // 5 for name, count in rows.items()}
         monkeypatch.setattr(attention, "ROOM", {HS: room})
+        monkeypatch.setattr(attention, "MULTIPROCESSORS", 1)
         C = NH * HS
         out, lse, dqkv = twin.nan(B, T, C), twin.nan(B, NH, T, dtype=F32), twin.nan(B, T, 3 * C)
         dbias, device_qkv = twin.nan(3 * C, dtype=F32), twin.put(qkv)

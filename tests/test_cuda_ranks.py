@@ -11,7 +11,6 @@ import time
 import numpy as np
 import pytest
 
-from bench.ranks import BESIDE_ATTENTION
 from tests.conftest import ROOT, TIMEOUT, TRAIN, Run, data, finish, write_shards
 from tests.test_cuda_train import assert_same_checkpoint, checkpoint, losses, records
 from tests.test_ranks import (  # skips this module too, where there is no mpirun
@@ -298,7 +297,7 @@ def test_the_benchmark_runs(tmp_path):
     result = run(2, *size, "--json", tmp_path / "ranks.json", program=ROOT / "bench/ranks.py")
     assert result.code == 0, result.err
     figures = json.loads((tmp_path / "ranks.json").read_text())
-    same = {f"-z {stage}" for stage in (0, 1, 2)} | {"-z 1 --cuda-graph on", BESIDE_ATTENTION}
+    same = {f"-z {stage}" for stage in (0, 1, 2)} | {"-z 1 --cuda-graph on"}
     assert len({figures["variants"][name]["loss"] for name in same}) == 1
     for variant in figures["variants"].values():
         assert variant["held"] == {name: variant["memory"][name] for name in ("gradients", "optimizer")}
