@@ -91,7 +91,7 @@ def cost_of_exchanges(t: Training, steps: int) -> dict[str, Any]:
     )
     zero._ops = Instead(t.ops, reduce=summed)
     zero.settle, t.model.on_need = waits.function("sums", zero.settle), waits.function("parameters", zero.need)
-    t.comm = Instead(comm, gather=waits.function("loss", comm.gather))  # type: ignore[assignment]
+    t.comm = Instead(comm, gather=waits.function("loss", comm.gather))
     t.replay = eagerly  # a graph would go on with what it has recorded
     for step in range(FEW):
         train.train_step(t, step)
