@@ -127,7 +127,8 @@ def variants(run: RunConfig, world: int, lanes: int, on_gpus: bool) -> dict[str,
     """The ways to share out that are measured."""
     found = [replace(run, zero_stage=stage, reduce=reduce) for stage in (0, 1, 2) for reduce in ("owner", "nccl")]
     if on_gpus:
-        found += [replace(run, zero_stage=1, carrier="copies"), replace(run, zero_stage=1, cuda_graph="on")]
+        ways = (("copies", "off"), ("nccl", "on"), ("copies", "on"))
+        found += [replace(run, zero_stage=1, carrier=carrier, cuda_graph=graph) for carrier, graph in ways]
     if lanes:
         tokens = max(run.total_batch, lanes * run.B * run.T, world * run.B * run.T)
         step = replace(run, zero_stage=1, total_batch=tokens)

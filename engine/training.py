@@ -134,8 +134,6 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
     Raises UserErrors.
     """
     backend = device.choose(run.device, say)
-    if run.carrier == "copies" and run.cuda_graph == "on" and comm.world > 1:
-        raise UsageError("--carrier copies counts its exchanges, which a graph cannot: leave out --cuda-graph on")
     comm = on_devices(comm, backend, run.carrier)
     dev, operations = device.load(backend), ops.load(backend)
     saved = _saved_run(run, say)

@@ -164,7 +164,7 @@ class Runtime(SimpleNamespace):
 
 
 class Driver(SimpleNamespace):
-    """Of CUDA's: numbers in memory that streams wait for. Here the process does."""
+    """Of CUDA's: numbers in memory that streams wait for until they are equal. Here the process does."""
 
     def cuMemGetAddressRange_v2(self, base: Any, size: Any, address: ctypes.c_uint64) -> int:
         base._obj.value, size._obj.value = self.pool.base(self.pool.rank), self.pool.SIZE
@@ -177,9 +177,9 @@ class Driver(SimpleNamespace):
         return 0
 
     def cuStreamWaitValue32_v2(self, stream: Any, address: Any, value: Any, flags: int) -> int:
-        assert flags == 0
+        assert flags == copies.EQUAL
         until = time.monotonic() + 30
-        while (ctypes.c_uint32.from_address(address.value).value - value.value) % (1 << 32) >= 1 << 31:
+        while ctypes.c_uint32.from_address(address.value).value != value.value:
             assert time.monotonic() < until, "waits for a number that nobody writes"
             time.sleep(0)
         return 0

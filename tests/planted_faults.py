@@ -8,11 +8,11 @@ reads that fault on a GPU alone.
 """
 
 import argparse
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,14 +20,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import repeat
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
+
+import pytest
 
 from tests import shim
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "kernels_cu"
 TIMEOUT = 60  # seconds after which a test is taken to hang
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has loaded what all need
 CRASHES = {-number: number.name for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)}
 
 # The tests of each source, or of a function of it where fewer will do, as pytest's -k names them.
@@ -223,13 +228,17 @@ FAULTS = (
     ),
     *_in(
         "attention_hopper.cu",
-        ("the tail ignored", "(B * NH - tail) * shares", "B * NH * shares"),
         ("the tail's heads one off", "B * NH - tail + (block", "B * NH - tail - 1 + (block"),
         ("the tail's heads are the first", "B * NH - tail + (block", "(block"),
         ("the tail's heads one by one", "(block - before) % tail", "(block - before) / shares"),
         ("shares of the tail counted from the first head", "(block - before) / tail", "block / tail"),
-        ("shares before the tail backwards", "? block % shares", "? shares - 1 - block % shares"),
         tests="test_hopper_attention",
+    ),
+    *_in(
+        "attention_hopper.cu",
+        ("the tail ignored", "(B * NH - tail) * shares", "B * NH * shares"),
+        ("shares before the tail backwards", "? block % shares", "? shares - 1 - block % shares"),
+        tests="test_hopper_attention_begins",
     ),
     *_in(
         "attention_hopper.cu load_rows",
@@ -237,11 +246,15 @@ FAULTS = (
     ),
     *_in(
         "attention_hopper.cu attention_hopper_forward",
+        ("the first row alone decides on shrinking", "fmaxf(higher0 - top0, higher1 - top1)", "(higher0 - top0)"),
+        ("the second row alone decides on shrinking", "fmaxf(higher0 - top0, higher1 - top1)", "(higher1 - top1)"),
+        tests="test_attention_of_one_row and True",
+    ),
+    *_in(
+        "attention_hopper.cu attention_hopper_forward",
         ("the total not rescaled", "            total1 *= shrink1;\n", ""),
         ("the output not rescaled", "                    o.x[n][i + 2] *= shrink1;\n", ""),
         ("sums never shrink", "* scale > SLACK", "* scale > INF"),
-        ("the first row alone decides on shrinking", "fmaxf(higher0 - top0, higher1 - top1)", "(higher0 - top0)"),
-        ("the second row alone decides on shrinking", "fmaxf(higher0 - top0, higher1 - top1)", "(higher1 - top1)"),
         ("no causal mask", "if (step * ROWS == first) {", "if (false) {"),
         ("a query does not see its own key", "> seen)", ">= seen)"),
         ("a query sees the next key", "> seen + 8)", "> seen + 9)"),
@@ -749,32 +762,41 @@ def pytest_configure() -> None:
     shim.FLAGS = tuple("-O0" if flag == "-O2" else flag for flag in shim.FLAGS)
 
 
-def run_tests(selection: str, folder: Path) -> Result:
-    """The CPU tests with these names, of the kernels in folder / kernels_cu."""
-    # Compiled libraries go where they vanish again; pytest's plugins take longer to load than most tests to run;
-    # numpy's threads would only stand in each other's way.
-    env = {"BACKHAND_KERNELS": f"{folder}/kernels_cu", "TMPDIR": f"{folder}", "OPENBLAS_NUM_THREADS": "1"}
-    env |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "", "COLUMNS": "200"}
+def run_tests(selection: str, folder: Path, libraries: str) -> Result:
+    """The CPU tests with these names, of the kernels in folder / kernels_cu. libraries: where compiled ones go."""
+    output = folder / "output"
+    process = FORKS.Process(target=_pytest, args=(selection, folder, libraries, output))
+    process.start()
+    process.join(TIMEOUT)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return Result("hung", f"{TIMEOUT} s")
+    return judge(process.exitcode, output.read_text(errors="replace"))
+
+
+def _pytest(selection: str, folder: Path, libraries: str, output: Path) -> None:
+    """In a process of its own."""
+    for descriptor in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    # pytest's plugins take longer to load than most tests to run.
+    os.environ |= {"BACKHAND_KERNELS": f"{folder}/kernels_cu", "COLUMNS": "200", "PYTEST_ADDOPTS": ""}
+    os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    tempfile.tempdir = libraries
+    os.chdir(ROOT)
     plugins = ("--noconftest", "-p", "no:cacheprovider", "-p", "tests.planted_faults")
     options = ("-x", "-q", "--tb=short", "-m", "not gpu", "-k", selection)
-    command = [sys.executable, "-m", "pytest", *plugins, *options, "tests/test_cuda_ops.py"]
-    try:
-        run = subprocess.run(
-            command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=TIMEOUT, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return Result("hung", f"{TIMEOUT} s")
-    return judge(run.returncode, run.stdout, run.stderr)
+    sys.exit(pytest.main([*plugins, *options, "tests/test_cuda_ops.py"]))
 
 
-def judge(code: int, out: str, err: str) -> Result:
+def judge(code: int | None, out: str) -> Result:
     """What a run of pytest says of the fault."""
     if code == 0:
         return Result("SURVIVED", "")
     if code in CRASHES:
         return Result("crashed", CRASHES[code])
     if code != 1:
-        return Result("ERROR", f"pytest exits with {code}: {(out + err)[-1000:]}")
+        return Result("ERROR", f"pytest exits with {code}: {out[-1000:]}")
     if f"ShimError: {shim.COMPILER} " in out:
         return Result("ERROR", f"does not compile: {out[-2000:]}")
     found = re.search(r"^(?:FAILED|ERROR) \S+::(\S+)", out, re.MULTILINE)
@@ -789,14 +811,14 @@ def copied_kernels() -> Iterator[Path]:
         yield Path(folder)
 
 
-def try_fault(fault: Fault) -> Result:
+def try_fault(fault: Fault, libraries: str) -> Result:
     with copied_kernels() as folder:
         source = folder / "kernels_cu" / fault.file
         try:
             source.write_text(planted(source.read_text(), fault))
         except ValueError as error:
             return Result("ERROR", str(error))
-        return run_tests(fault.selection, folder)
+        return run_tests(fault.selection, folder, libraries)
 
 
 def run(faults: Sequence[Fault]) -> list[Result]:
@@ -805,12 +827,20 @@ def run(faults: Sequence[Fault]) -> list[Result]:
     Raises RuntimeError if the tests do not pass without any.
     """
     selections = sorted({fault.selection for fault in faults})
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    FORKS.set_forkserver_preload(["tests.test_cuda_ops"])
+    with mock.patch.dict(os.environ, OPENBLAS_NUM_THREADS="1"):  # its threads would stand in each other's way
+        forkserver.ensure_running()
+    # What has no fault is compiled once for all: libraries are found by what is in their sources.
+    with (
+        tempfile.TemporaryDirectory(prefix="backhand-faults-") as libraries,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
         with copied_kernels() as folder:
-            for selection, result in zip(selections, pool.map(run_tests, selections, repeat(folder)), strict=True):
+            sound = pool.map(run_tests, selections, repeat(folder), repeat(libraries))
+            for selection, result in zip(selections, sound, strict=True):
                 if result.verdict != "SURVIVED":
                     raise RuntimeError(f"the tests -k {selection!r} fail without any fault: {': '.join(result)}")
-        return list(pool.map(try_fault, faults))
+        return list(pool.map(try_fault, faults, repeat(libraries)))
 
 
 def table(faults: Sequence[Fault], results: Sequence[Result]) -> str:

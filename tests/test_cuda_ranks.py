@@ -177,10 +177,11 @@ def test_recorded_steps_are_the_steps(train_all, two, out):
         f"recorded {stage}": ("-b", 4, "-x", 12, "-n", 12, "-v", 3, "-z", stage, "--cuda-graph", "on")
         for stage in (0, 1, 2)
     }
+    runs["recorded copies"] = (*runs["recorded 1"], "--carrier", "copies")
     runs["recorded accumulated"] = ("-b", 1, "-x", 12, "-n", 12, "-z", 2, "--cuda-graph", "on")
     train_all(2, runs)
-    for stage in (0, 1, 2):
-        assert_same_run(out / "bf16 a", out / f"recorded {stage}")
+    for name in (0, 1, 2, "copies"):
+        assert_same_run(out / "bf16 a", out / f"recorded {name}")
     assert_same_run(out / "accumulated a", out / "recorded accumulated")
 
 

@@ -25,9 +25,9 @@ def test_every_source_has_some():
     assert len(set(FAULTS)) == len(FAULTS)
 
 
-def test_what_is_not_a_fault_survives():
+def test_what_is_not_a_fault_survives(tmp_path):
     same = Fault("scalars.cu", "scalars_total", "another name", "double sum = 0.0;", "double sum = 0.0, unused = sum;")
-    assert try_fault(same) == Result("SURVIVED", "")
+    assert try_fault(same, str(tmp_path)) == Result("SURVIVED", "")
 
 
 @pytest.mark.parametrize(
@@ -38,14 +38,14 @@ def test_what_is_not_a_fault_survives():
         ("scalars_mean", "sum", "total", "no function scalars_mean"),
     ],
 )
-def test_a_wrong_entry_is_not_taken_for_a_caught_fault(function, old, new, says):
-    verdict, by = try_fault(Fault("scalars.cu", function, "wrong", old, new))
+def test_a_wrong_entry_is_not_taken_for_a_caught_fault(tmp_path, function, old, new, says):
+    verdict, by = try_fault(Fault("scalars.cu", function, "wrong", old, new), str(tmp_path))
     assert verdict == "ERROR"
     assert says in by
 
 
-def test_no_test_is_not_taken_for_a_caught_fault():
+def test_no_test_is_not_taken_for_a_caught_fault(tmp_path):
     fault = Fault("scalars.cu", "scalars_total", "no test", "sum / divisor", "sum", tests="test_nothing")
-    assert try_fault(fault).verdict == "ERROR"
+    assert try_fault(fault, str(tmp_path)).verdict == "ERROR"
     with pytest.raises(RuntimeError, match="fail without any fault"):
         planted_faults.run([fault])

@@ -2,8 +2,8 @@
 
 NCCL's kernels take multiprocessors, which the multiplies then lack, and wait for them. Copies take none. Each rank puts
 what the others are to have where they will read it, in memory that they have opened to it (CUDA, "Interprocess
-Communication"), and tells them by a number that it writes there too and that their streams wait for (CUDA driver,
-"Stream Memory Operations"). Nothing is added up here, so the bits are those that NCCL would carry.
+Communication"), and tells them by a flag that it sets there too and that their streams wait for (CUDA driver, "Stream
+Memory Operations"). Nothing is added up here, so the bits are those that NCCL would carry.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from engine.errors import UsageError
 Array = Any
 
 READY, DONE = range(2)  # what ranks tell each other: mine may be written to; yours has been
-AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ: cyclic, so that the count may begin anew at 2^32
+EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 HANDLE = 64  # bytes
 
 
@@ -40,7 +40,7 @@ class Copies:
         self._rank, self._world = control.rank, control.world
         self._opened: dict[tuple[int, bytes], int] = {}  # (peer, handle) -> where its memory lies here
         self._theirs: dict[tuple[int, int], list[int]] = {}  # (address, bytes) -> where the peers' arrays lie here
-        self._told = cupy.zeros((2, self._world), np.uint32)  # what each peer has told, by READY and DONE
+        self._told = cupy.zeros((2, self._world), np.uint32)  # whether each peer has told READY, and DONE
         cupy.cuda.get_current_stream().synchronize()  # zeros are there before a peer writes
         try:
             self._told_there = self._open(self._told)
@@ -49,7 +49,6 @@ class Copies:
                 f"--carrier copies: the GPU of rank {self._rank} cannot reach all others' memory ({error}). Take "
                 "--carrier nccl"
             ) from error
-        self._count = 0
 
     def exchange(self, out: Array, inp: Array) -> None:
         """out (world, n) = what every rank has for this one: its inp (world, n) in this rank's row."""
@@ -87,21 +86,27 @@ class Copies:
         """What is copied in it finds the others' arrays free, as their streams have come so far too; and what this
         rank's stream is given later finds here what they have copied.
         """
-        self._count = (self._count + 1) % (1 << 32)
         self._tell(READY)
         yield
         self._tell(DONE)
 
     def _tell(self, what: int) -> None:
-        """In the order of the stream: all others that this rank has come so far, and waits until they have."""
-        driver, stream, count = _driver(), ctypes.c_void_p(self._stream.ptr), ctypes.c_uint32(self._count)
-        size = self._told.itemsize
+        """In the order of the stream: all others that this rank has come so far, and waits until they have.
+
+        Then it takes their flags down. A peer sets the same one again only after this rank has told the other, which it
+        does later: so none is lost. (Counts would do without that, but a graph repeats what was recorded.)
+        """
+        driver, stream, size = _driver(), ctypes.c_void_p(self._stream.ptr), self._told.itemsize
+
+        def write(address: int, flag: bool) -> None:
+            _check(driver.cuStreamWriteValue32_v2(stream, ctypes.c_uint64(address), ctypes.c_uint32(flag), 0))
+
         for peer in self._peers():
-            there = self._told_there[peer] + (what * self._world + self._rank) * size
-            _check(driver.cuStreamWriteValue32_v2(stream, ctypes.c_uint64(there), count, 0))
+            write(self._told_there[peer] + (what * self._world + self._rank) * size, True)
         for peer in self._peers():
             here = address_of(self._told) + (what * self._world + peer) * size
-            _check(driver.cuStreamWaitValue32_v2(stream, ctypes.c_uint64(here), count, AT_LEAST))
+            _check(driver.cuStreamWaitValue32_v2(stream, ctypes.c_uint64(here), ctypes.c_uint32(True), EQUAL))
+            write(here, False)
 
     def _copy(self, to: int, what: int, nbytes: int) -> None:
         runtime = self._cupy.cuda.runtime

@@ -118,16 +118,17 @@ static_assert(std::is_same_v<decltype(&{name}), void (*)({", ".join(types)})>, "
 
 
 def _compile(text: str, flags: Sequence[str]) -> Path:
-    """The library, compiled unless the same source with the same flags has been before."""
+    """The library, compiled unless the same source with the same flags has been before, wherever it lay."""
     preprocessed = _run([COMPILER, *flags, "-E", "-x", "c++", "-"], text.encode())
-    digest = hashlib.sha256("\0".join(flags).encode() + preprocessed).hexdigest()
+    options = [flag for flag in flags if flag.startswith(("-f", "-O", "-std", "-w"))]
+    code = (line for line in preprocessed.splitlines() if not line.startswith(b"# "))  # that tells lines and files
+    digest = hashlib.sha256(b"\n".join([" ".join(options).encode(), *code])).hexdigest()
     folder = Path(tempfile.gettempdir()) / f"backhand-shim-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{digest}.so"
     if not library.exists():
         # Under another name first: two processes may do so at once.
         partial = folder / f"{digest}.{os.getpid()}.so"
-        options = [flag for flag in flags if flag.startswith(("-f", "-O", "-std", "-w"))]
         _run([COMPILER, *options, "-shared", "-x", "c++-cpp-output", "-", "-o", str(partial)], preprocessed)
         partial.replace(library)
     return library
