@@ -1,8 +1,9 @@
 """How long a run takes to its first step: `python bench/first_step.py -- -i ... -j ... -e d12 -b 64 -r 0`.
 
 Starts train.py as a user does, with the options behind `--`, for two steps: first with an empty cache of kernels and
-algorithms, then with what that has left there. Of each the seconds from launch to each line that it prints, up to that
-of the first step, which is there when the step is done: so one sees what the time goes to.
+algorithms, then with what that has left there. Of each the seconds from launch to each line that it prints, so that one
+sees what the time goes to, up to that of the first step. It is there when the step is done, and on a GPU, whose log
+comes a step late, when the second one has been launched.
 """
 
 import os
@@ -21,7 +22,7 @@ from bench.machine import circumstances, told
 from engine import device
 from engine.errors import UsageError, exit_on_user_error
 
-ROOT = Path(__file__).parent.parent
+TRAIN = Path(__file__).parent.parent / "train.py"
 FIRST = "step 1/"  # the beginning of the line
 
 
@@ -34,12 +35,11 @@ class Line(NamedTuple):
 
 def first_step(options: tuple[str, ...], cache: Path) -> list[Line]:
     """The lines up to the first step's. UsageError where the run ends before it."""
-    command = [sys.executable, "train.py", *options, "-x", "2"]
+    command = [sys.executable, str(TRAIN), *options, "-x", "2"]
     began = time.monotonic()
     lines = []
     with subprocess.Popen(
         command,
-        cwd=ROOT,
         env=os.environ | {"BACKHAND_CACHE": str(cache), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

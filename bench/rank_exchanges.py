@@ -13,6 +13,7 @@ import train
 from engine.device import eagerly
 from engine.training import Training
 
+Medians = dict[tuple[str, int], tuple[float, float]]
 EXCHANGES = ("exchange", "reduce_scatter", "all_gather")
 FEW = 3  # steps whose exchanges are timed one by one: the marks between them cost a little
 
@@ -45,7 +46,7 @@ class Timed:
 
         return call
 
-    def medians(self) -> dict[tuple[str, int], tuple[float, float]]:
+    def medians(self) -> Medians:
         """(name, bytes) -> how often in each of FEW steps, and how many us: of the calls since the last time."""
         seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
         for name, nbytes, began, ended in self.calls:
@@ -96,21 +97,19 @@ def cost_of_exchanges(t: Training, steps: int) -> dict[str, Any]:
     for step in range(FEW):
         train.train_step(t, step)
     waited = waits.totals()
-    found: dict[str, Any] = {"waits": waited, "phases": phases(t, timed)}
-    t.comm = comm
+    t.comm, t.model.on_need = comm, zero.need
     del zero.settle
-    t.model.on_need = zero.need
+    zero.settle()
+    beside = timed.medians()
+    exchanges_alone(t)
+    found: dict[str, Any] = {"waits": waited, "phases": phases(beside, alone=timed.medians())}
     zero._comm = Instead(comm, **dict.fromkeys(EXCHANGES, lambda *_: None))
     zero._ops, t.replay = t.ops, t.device.replay(t.run.cuda_graph, print)
     return found | {"seconds_silent": seconds_a_step(t, 2, steps)}
 
 
-def phases(t: Training, timed: Timed) -> list[dict[str, Any]]:
-    """Each kind of exchange and sum, by the bytes that it is of: in FEW steps that have been taken, and alone."""
-    t.zero.settle()
-    beside = timed.medians()
-    exchanges_alone(t)
-    alone = timed.medians()
+def phases(beside: Medians, alone: Medians) -> list[dict[str, Any]]:
+    """Each kind of exchange and sum, by the bytes that it is of: beside computing, and alone."""
     return [
         {"name": name, "bytes": nbytes, "times": times, "us": us, "us_alone": alone[name, nbytes][1]}
         for (name, nbytes), (times, us) in sorted(beside.items())

@@ -780,8 +780,8 @@ def _pytest(selection: str, folder: Path, libraries: str, output: Path) -> None:
     for descriptor in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     # pytest's plugins take longer to load than most tests to run.
-    os.environ |= {"BACKHAND_KERNELS": f"{folder}/kernels_cu", "COLUMNS": "200", "PYTEST_ADDOPTS": ""}
-    os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "", "COLUMNS": "200"}
+    os.environ["BACKHAND_KERNELS"] = f"{folder}/kernels_cu"
     tempfile.tempdir = libraries
     os.chdir(ROOT)
     plugins = ("--noconftest", "-p", "no:cacheprovider", "-p", "tests.planted_faults")
