@@ -3,19 +3,22 @@ computing waits for them.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 import train
+from engine.comm import Communicator
 from engine.device import eagerly
 from engine.training import Training
 
 Medians = dict[tuple[str, int], tuple[float, float]]
 EXCHANGES = ("exchange", "reduce_scatter", "all_gather")
-FEW = 3  # steps whose exchanges are timed one by one: the marks between them cost a little
+FEW = 3  # steps before some that are timed, and those whose exchanges are timed one by one, with marks between them
 
 
 class Instead:
@@ -63,49 +66,77 @@ class Timed:
         return dict(us)
 
 
-def seconds_a_step(t: Training, warm_up: int, steps: int) -> float:
-    """Of the slowest rank."""
-    for step in range(warm_up):
-        train.train_step(t, step)
-    t.device.to_host(t.loss)
-    t.comm.barrier()
-    began = t.device.mark()
-    for step in range(warm_up, warm_up + steps):
-        train.train_step(t, step)
-    t.zero.settle()
-    seconds = t.device.seconds_between(began, t.device.mark()) / steps
-    return float(t.comm.gather(np.array([seconds])).max())
+class Steps:
+    """The steps of a training, one after another."""
+
+    def __init__(self, t: Training):
+        self.t, self._numbers = t, count()
+
+    def take(self, steps: int) -> None:
+        for _ in range(steps):
+            train.train_step(self.t, next(self._numbers))
+
+    def seconds(self, ranks: Communicator, steps: int) -> float:
+        """Of one of so many steps, on this rank; all ranks begin them together."""
+        self.take(FEW)
+        mark, last = self.t.device.mark, self.t.loss
+        self.t.device.to_host(last)
+        ranks.barrier()
+        began = mark()
+        self.take(steps)
+        self.t.zero.settle()
+        return float(self.t.device.seconds_between(began, mark()) / steps)
 
 
-def cost_of_exchanges(t: Training, steps: int) -> dict[str, Any]:
-    """Each exchange's and sum's times, the waits for them, and the seconds of a step without exchanges: t has none from
-    then on.
+@contextmanager
+def silent(t: Training, replay: Callable[..., None]) -> Iterator[None]:
+    """t has no exchanges: its numbers are nonsense then, but there are as many."""
+    comm, usual = t.comm, t.replay
+    t.zero._comm, t.replay = Instead(comm, **dict.fromkeys(EXCHANGES, lambda *_: None)), replay
+    yield
+    t.zero._comm, t.replay = comm, usual
+
+
+def seconds_in_turns(alone: Steps, together: Steps, steps: int, turns: int) -> dict[str, np.ndarray]:
+    """Seconds of a step, (ranks, turns), of each rank alone, all at once; of all together; and without exchanges.
+
+    By turns, for a card's clock goes down while it gets warm, and up and down for other reasons.
     """
+    t = together.t
+    without = t.device.replay(t.run.cuda_graph, print)
+    found: dict[str, list[float]] = {"alone": [], "together": [], "silent": []}
+    for _ in range(turns):
+        found["alone"].append(alone.seconds(t.comm, steps))
+        found["together"].append(together.seconds(t.comm, steps))
+        with silent(t, without):
+            found["silent"].append(together.seconds(t.comm, steps))
+    return {name: t.comm.gather(np.array(seconds)) for name, seconds in found.items()}
+
+
+def cost_of_exchanges(together: Steps) -> dict[str, Any]:
+    """How long each exchange and sum takes, beside computing and alone, and how long computing waits for them."""
+    t = together.t
     zero: Any = t.zero
-    comm = t.comm
+    comm, summing, usual = t.comm, t.ops.reduce, t.replay
     timed, waits = Timed(t.device), Timed(t.device)
-    summed = Instead(t.ops.reduce, sum_slices=timed.function("sum", t.ops.reduce.sum_slices))
     zero._comm = Instead(
         comm,
         gather=waits.function("norm", comm.gather),
         **{name: timed.function(name, getattr(comm, name)) for name in EXCHANGES},
     )
-    zero._ops = Instead(t.ops, reduce=summed)
+    zero._ops = Instead(t.ops, reduce=Instead(summing, sum_slices=timed.function("sum", summing.sum_slices)))
     zero.settle, t.model.on_need = waits.function("sums", zero.settle), waits.function("parameters", zero.need)
     t.comm = Instead(comm, gather=waits.function("loss", comm.gather))
     t.replay = eagerly  # a graph would go on with what it has recorded
-    for step in range(FEW):
-        train.train_step(t, step)
+    together.take(FEW)
     waited = waits.totals()
-    t.comm, t.model.on_need = comm, zero.need
     del zero.settle
+    t.comm, t.model.on_need, t.replay = comm, zero.need, usual
     zero.settle()
     beside = timed.medians()
     exchanges_alone(t)
-    found: dict[str, Any] = {"waits": waited, "phases": phases(beside, alone=timed.medians())}
-    zero._comm = Instead(comm, **dict.fromkeys(EXCHANGES, lambda *_: None))
-    zero._ops, t.replay = t.ops, t.device.replay(t.run.cuda_graph, print)
-    return found | {"seconds_silent": seconds_a_step(t, 2, steps)}
+    zero._comm, zero._ops = comm, t.ops
+    return {"waits": waited, "phases": phases(beside, alone=timed.medians())}
 
 
 def phases(beside: Medians, alone: Medians) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
 """What several ranks cost: `mpirun -np 4 python bench/ranks.py`.
 
-Tokens per second of one rank alone and of all, in the same call on the same machine; for each way to share out (-z,
---reduce, --lanes) the step's time, with the exchanges and without them: the difference is what of them is not hidden
-behind computing. Then how long each exchange and sum takes, on whatever stream it runs, beside computing and without
-it, how long computing waits for them, and each rank's memory: what the tables say, what there is, and what NCCL takes.
-Last, the losses of 1, 2, 4, ... ranks on the same global batches, in one picture.
+For each way to share out (-z, --reduce, --carrier, --lanes), in turns on the same machine, the step's time of one rank
+alone, of all, and of all without exchanges: by what it is less, exchanges are not hidden behind computing. Then how
+long each exchange and sum takes, on whatever stream it runs, beside computing and without it, how long computing waits
+for them, and each rank's memory: what the tables say, what there is, and what NCCL takes. Last, the losses of 1, 2, 4,
+... ranks on the same global batches, in one picture.
 
 Tokens are random, and the updates are real ones. All that is timed is train.py's own step. NCCL takes its variables
 (NCCL_MAX_CTAS, ...) from the environment, and they are written down.
@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
-from itertools import repeat
+from itertools import cycle
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.machine import machine, versions
-from bench.rank_exchanges import cost_of_exchanges, seconds_a_step
+from bench.rank_exchanges import FEW, Steps, cost_of_exchanges, seconds_in_turns
 from bench.rank_losses import draw, loss_curves, losses_in_words
 from bench.step import make_training, prepare_and_tune, random_tokens, release
 from engine import device, ops, training
@@ -43,6 +43,7 @@ from engine.report import have_matplotlib
 from engine.training import Training
 
 LOSSES = "losses"  # what --only calls the runs on 1, 2, 4, ... ranks
+BATCHES = 8  # micro-batches by turns: one alone would soon be known by heart, and cost less power
 
 
 def held(t: Training) -> dict[str, int]:
@@ -55,30 +56,46 @@ def held(t: Training) -> dict[str, int]:
 
 
 def measure(
-    run: RunConfig,
-    comm: Communicator,
-    config: GPT2Config,
-    dev: ModuleType,
-    tokens: Any,
-    warm_up: int,
-    steps: int,
+    run: RunConfig, comm: Communicator, config: GPT2Config, dev: ModuleType, warm_up: int, steps: int, turns: int
 ) -> dict[str, Any]:
-    """One way to share out: a step's time with exchanges and without, its phases, its memory."""
+    """One way to share out, in turns with one rank that takes the same micro-batches, or with -d the same steps.
+
+    All ranks take those at once, each for itself: no GPU is as fast as another.
+    """
     operations = ops.load("cuda" if dev.WORKS_ALONE else "numpy")
     require_memory(run, config, dev, operations, comm.world)
+    tokens = [random_tokens(run, config, seed=comm.rank * BATCHES + batch) for batch in range(BATCHES)]
+    of_one = on_one_rank(run)
+    alone = Steps(make_training(of_one, OneRank(), config, dev, operations, cycle(tokens)))
+    alone.take(warm_up)
     free = dev.available_bytes()
-    t = make_training(run, comm, config, dev, operations, repeat(tokens))
+    t = make_training(run, comm, config, dev, operations, cycle(tokens))
     taken = free - dev.available_bytes()
-    found: dict[str, Any] = {"seconds": seconds_a_step(t, warm_up, steps), "loss": float(dev.to_host(t.loss))}
-    if comm.world > 1:
-        found |= cost_of_exchanges(t, steps)
-    found["memory"] = memory_by_class(run, config, dev, operations, comm.world)
-    found["held"] = held(t)
-    found["taken"] = taken if dev.WORKS_ALONE else None  # on CPUs other programs take some too
-    found["tokens_per_second"] = run.samples_per_step(comm.world) * run.T / found["seconds"]
+    together = Steps(t)
+    together.take(FEW)
+    loss = float(dev.to_host(t.loss))
+    each = seconds_in_turns(alone, together, steps, turns)
+    # A step is over when it is over on all ranks; of ranks on their own the rates add up.
+    slowest = {name: seconds.max(axis=0) for name, seconds in each.items()}
+    seconds_alone = comm.world / (1 / each["alone"]).sum(axis=0)
+    share = run.samples_per_step(comm.world) / (comm.world * of_one.samples_per_step(1))
+    seconds = float(slowest["together"].mean())
+    found = {
+        "alone": {"seconds": float(seconds_alone.mean()), "seconds_of_each": each["alone"].mean(axis=1).tolist()},
+        "seconds": seconds,
+        "tokens_per_second": run.samples_per_step(comm.world) * run.T / seconds,
+        "of_ideal": share * float(seconds_alone.mean()) / seconds,
+        "of_ideal_by_turns": (share * seconds_alone / slowest["together"]).tolist(),
+        "seconds_silent": float(slowest["silent"].mean()),
+        "loss": loss,
+        **cost_of_exchanges(together),
+        "memory": memory_by_class(run, config, dev, operations, comm.world),
+        "held": held(t),
+        "taken": taken if dev.WORKS_ALONE else None,  # on CPUs other programs take some too
+    }
     if run.carrier == "copies":
         comm.forget()  # type: ignore[attr-defined]  # before the memory that others have opened is given back
-    del t
+    del t, together, alone
     release(dev)
     return found
 
@@ -152,12 +169,6 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
         allowed = f"{figures['nccl_allowed'] / 2**20:,.0f}"
         yield f"NCCL's memory on a GPU, the most of all ranks, MiB: {sizes}; a run leaves {allowed} free for it"
     yield f"ideal: {figures['world']} times one rank; exposed: the step less the same step without exchanges"
-    for name, found in figures["one rank"].items():
-        yield ""
-        yield (
-            f"one rank, {name}: {found['seconds'] * 1000:.2f} ms a step, {found['tokens_per_second']:,.0f} tokens/s "
-            f"(all at once, each on its own: {', '.join(f'{1000 * each:.2f}' for each in found['seconds_of_each'])})"
-        )
     for name, found in figures["variants"].items():
         yield ""
         exposed = (found["seconds"] - found["seconds_silent"]) * 1000
@@ -165,6 +176,9 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
             f"{name}: {found['seconds'] * 1000:.2f} ms a step, {found['tokens_per_second']:,.0f} tokens/s, "
             f"{found['of_ideal']:.2%} of ideal, exposed {exposed:.2f} ms, loss {found['loss']:.5f}"
         )
+        alone = ", ".join(f"{1000 * each:.2f}" for each in found["alone"]["seconds_of_each"])
+        turns = ", ".join(f"{each:.2%}" for each in found["of_ideal_by_turns"])
+        yield f"  in turns with one rank, ms a step, each on its own: {alone}; of ideal: {turns}"
         for row in found["phases"]:
             rate = row["bytes"] / row["us_alone"] / 1000
             yield (
@@ -196,8 +210,9 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
 @click.option("--only", default="", help="Only what is called so, as -z 1, losses, with commas between.")
 @click.option("--vocabulary", "V", default=50257, help="Tokens in the vocabulary.")
 @click.option("--device", "wanted", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="As in train.py.")
-@click.option("--warm-up", default=10, help="Steps before any that is timed.")
-@click.option("--steps", default=20, help="Steps that are timed.")
+@click.option("--warm-up", default=10, help="Steps of one rank before any that is timed: 200 take 20 s at -b 64.")
+@click.option("--steps", default=10, help="Steps of a turn, that are timed.")
+@click.option("--turns", default=5, help="Turns of one rank alone, of all, and of all without exchanges.")
 @click.option("--loss-steps", default=100, help="Steps of the runs whose losses are compared.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
 @click.option("--png", "png_path", type=click.Path(path_type=Path), help="Draw the losses here.")
@@ -224,7 +239,8 @@ def main(model: str, B: int, T: int, V: int, wanted: str, only: str, **options: 
             comm,
             model_from_descriptor(model, V, T),
             backend,
-            *(options["warm_up"], options["steps"], options["loss_steps"] if LOSSES in chosen else 0),
+            *(options["warm_up"], options["steps"], options["turns"]),
+            loss_steps=options["loss_steps"] if LOSSES in chosen else 0,
         ):
             if comm.rank:
                 continue
@@ -245,6 +261,8 @@ def compare(
     backend: str,
     warm_up: int,
     steps: int,
+    turns: int,
+    *,
     loss_steps: int,
 ) -> Iterator[dict[str, Any]]:
     """All that is measured, as far as it is: again and again, the more the later."""
@@ -257,10 +275,6 @@ def compare(
     nccl = most_of(comm, of_nccl(ranks, dev, free)) if dev.WORKS_ALONE else {}
     # One rank that takes the steps of several does accumulate.
     prepare_and_tune(run, ranks, config, dev, operations, accumulates=True)
-    measuring = config, dev, random_tokens(run, config, seed=comm.rank), warm_up, steps
-    # Each way is compared with one rank that takes the same micro-batches, or with -d the same steps. All ranks do that
-    # at once, each for itself: no GPU is as fast as another.
-    alone = {each.total_batch: on_one_rank(each) for each in runs.values()}
     figures: dict[str, Any] = {
         "world": comm.world,
         "nccl": nccl,
@@ -270,26 +284,14 @@ def compare(
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
         "machine": f"{comm.world} ranks, each on {dev.describe()}; {machine(backend)}",
         "versions": versions(),
-        "one rank": {},
         "variants": {},
         "losses": {},
     }
     yield figures
-    ideal = {}
-    for batch, each in alone.items():
-        found = measure(each, OneRank(), *measuring)
-        seconds = comm.gather(np.array([found["seconds"]]))[:, 0]
-        found["seconds_of_each"] = seconds.tolist()
-        found["seconds"] = comm.world / (1 / seconds).sum()
-        found["tokens_per_second"] = each.samples_per_step(1) * run.T / found["seconds"]
-        figures["one rank"][name_of(each)] = found
-        ideal[batch] = comm.world * found["tokens_per_second"]
-        yield figures
     for name, each in runs.items():
         carried = ranks if each.carrier == "nccl" else training.on_devices(comm, backend, each.carrier)
-        found = measure(each, carried, *measuring)
-        found["of_ideal"] = found["tokens_per_second"] / ideal[each.total_batch]
-        figures["variants"][name] = found
+        figures["variants"][name] = measure(each, carried, config, dev, warm_up, steps, turns)
+        warm_up = 0  # it is warm now
         yield figures
     if loss_steps:
         figures["losses"] = loss_curves(run, ranks, config, dev, operations, loss_steps)

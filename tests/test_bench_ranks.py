@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 from tests.test_ranks import run  # skips this module too, where there is no mpirun
 
 B, T, WORLD = 2, 32, 2
-SMALL = (*"-e l2h2c64 --device cpu --vocabulary 200 --warm-up 1 --steps 2".split(), "-b", B, "-t", T)
+SMALL = (*"-e l2h2c64 --device cpu --vocabulary 200 --warm-up 1 --steps 2 --turns 2".split(), "-b", B, "-t", T)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,17 @@ def test_all_ways_to_share_out_are_there_and_compared_with_one_rank(figures):
     tokens = 4 * B * T
     accumulated = [f"-z 1 -d {tokens}", f"-z 1 --lanes 4 -d {tokens}"]
     assert [*figures["variants"]] == [*stages, *accumulated]
-    assert [*figures["one rank"]] == ["-z 0", f"-z 0 -d {tokens}"]
-    for alone in figures["one rank"].values():
-        assert min(alone["seconds_of_each"]) <= alone["seconds"] <= max(alone["seconds_of_each"])
     for name, variant in figures["variants"].items():
-        alone = figures["one rank"][f"-z 0 -d {tokens}" if "-d" in name else "-z 0"]
         taken = tokens if "-d" in name else WORLD * B * T
+        taken_alone = tokens if "-d" in name else B * T
+        alone = variant["alone"]
+        assert min(alone["seconds_of_each"]) <= alone["seconds"] <= max(alone["seconds_of_each"])
         assert variant["tokens_per_second"] == pytest.approx(taken / variant["seconds"])
-        assert variant["of_ideal"] == pytest.approx(variant["tokens_per_second"] / (WORLD * alone["tokens_per_second"]))
+        ideal = WORLD * taken_alone / alone["seconds"]
+        assert variant["of_ideal"] == pytest.approx(variant["tokens_per_second"] / ideal)
+        turns = variant["of_ideal_by_turns"]
+        assert len(turns) == 2
+        assert min(turns) <= variant["of_ideal"] <= max(turns)
         assert variant["seconds_silent"] > 0
         assert {*variant["waits"]} == {"parameters", "sums", "loss", "norm"}
         assert all(us > 0 for us in variant["waits"].values())

@@ -292,10 +292,9 @@ def test_a_rank_that_is_stopped_is_named_and_ends_the_job(shards, tmp_path, ende
 
 
 def test_the_benchmark_runs(tmp_path):
-    size = (
-        "-e l3h2c64 -b 4 -t 64 --vocabulary 200 --device cuda --warm-up 2 --steps 4 --lanes 4 --loss-steps 10".split()
-    )
-    result = run(2, *size, "--json", tmp_path / "ranks.json", program=ROOT / "bench/ranks.py")
+    size = "-e l3h2c64 -b 4 -t 64 --vocabulary 200 --device cuda --lanes 4".split()
+    steps = "--warm-up 2 --steps 4 --turns 2 --loss-steps 10".split()
+    result = run(2, *size, *steps, "--json", tmp_path / "ranks.json", program=ROOT / "bench/ranks.py")
     assert result.code == 0, result.err
     figures = json.loads((tmp_path / "ranks.json").read_text())
     same = {f"-z {stage}" for stage in (0, 1, 2)} | {"-z 1 --cuda-graph on"}
