@@ -77,15 +77,20 @@ def measure(
     each = seconds_in_turns(alone, together, steps, turns)
     # A step is over when it is over on all ranks; of ranks on their own the rates add up.
     slowest = {name: seconds.max(axis=0) for name, seconds in each.items()}
-    seconds_alone = comm.world / (1 / each["alone"]).sum(axis=0)
     share = run.samples_per_step(comm.world) / (comm.world * of_one.samples_per_step(1))
+
+    def ideal(seconds_of_each: np.ndarray) -> np.ndarray:
+        return share * comm.world / (1 / seconds_of_each).sum(axis=0)
+
+    own = each["alone"].mean(axis=1)
     seconds = float(slowest["together"].mean())
     found = {
-        "alone": {"seconds": float(seconds_alone.mean()), "seconds_of_each": each["alone"].mean(axis=1).tolist()},
         "seconds": seconds,
+        "seconds_ideal": float(ideal(own)),
+        "seconds_alone": own.tolist(),
         "tokens_per_second": run.samples_per_step(comm.world) * run.T / seconds,
-        "of_ideal": share * float(seconds_alone.mean()) / seconds,
-        "of_ideal_by_turns": (share * seconds_alone / slowest["together"]).tolist(),
+        "of_ideal": float(ideal(own)) / seconds,
+        "of_ideal_by_turns": (ideal(each["alone"]) / slowest["together"]).tolist(),
         "seconds_silent": float(slowest["silent"].mean()),
         "loss": loss,
         **cost_of_exchanges(together),
@@ -176,7 +181,7 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
             f"{name}: {found['seconds'] * 1000:.2f} ms a step, {found['tokens_per_second']:,.0f} tokens/s, "
             f"{found['of_ideal']:.2%} of ideal, exposed {exposed:.2f} ms, loss {found['loss']:.5f}"
         )
-        alone = ", ".join(f"{1000 * each:.2f}" for each in found["alone"]["seconds_of_each"])
+        alone = ", ".join(f"{1000 * each:.2f}" for each in found["seconds_alone"])
         turns = ", ".join(f"{each:.2%}" for each in found["of_ideal_by_turns"])
         yield f"  in turns with one rank, ms a step, each on its own: {alone}; of ideal: {turns}"
         for row in found["phases"]:
