@@ -4,7 +4,6 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from itertools import count
@@ -205,8 +204,7 @@ class Recorded:
 
     def __init__(self, operations: ModuleType, dev: ModuleType):
         self.calls: list[Call] | None = None
-        self._operations, self._dev = operations, dev
-        self.column_sums: Any
+        self._dev = dev
         for module in operations.__all__:
             members = vars(getattr(operations, module))
             own = {
@@ -218,11 +216,6 @@ class Recorded:
                 and getattr(member, "__module__", "").endswith(f".{module}")
             }
             setattr(self, module, SimpleNamespace(**{**members, **own}))
-        self.column_sums.together = self._together
-
-    def _together(self) -> AbstractContextManager[None]:
-        """While calls are noted each adds up its own: so it is noted with all that it takes."""
-        return self._operations.column_sums.together() if self.calls is None else nullcontext()
 
     def _wrap(self, name: str, function: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:

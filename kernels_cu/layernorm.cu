@@ -8,7 +8,7 @@
 //           dweight  = sum_n(dout * xhat)      dbias  = sum_n(dout)      dinp_sum  = sum_n(dinp);
 //           += with accumulate
 //
-// variants: PACKS = 1, 2; ROW_PACKS = 1, 3, 8; WIDE
+// variants: GRAD_FP32; PACKS = 1, 2; ROW_PACKS = 1, 3, 8; WIDE
 #include <common.cuh>
 
 constexpr float EPS = 1e-5f;
@@ -178,4 +178,15 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) layernorm_backward(
         store(mine + C, dbias[k]);
         store(mine + 2 * C, dsum[k]);
     }
+}
+
+// What the blocks have left in partial, added up: blockIdx.y tells of which gradient. dinp_sum may be null.
+extern "C" __global__ void layernorm_backward_sums(
+    grad_t* __restrict__ dweight,       // (C)
+    grad_t* __restrict__ dbias,         // (C)
+    grad_t* __restrict__ dinp_sum,      // (C) or null
+    const float* __restrict__ partial,  // (blocks,3,C)
+    int accumulate, int blocks, int C) {
+    grad_t* const out = blockIdx.y == 0 ? dweight : blockIdx.y == 1 ? dbias : dinp_sum;
+    if (out) add_column_sums(out, partial + blockIdx.y * C, accumulate, blocks, 3 * C, C);
 }

@@ -44,7 +44,7 @@ TESTS = {
     "attention.cuh": "test_attention",
     "attention_hopper.cu": "test_attention and True",
     "classifier.cu": "test_classifier",
-    "column_sums.cu": "test_column_sums",
+    "column_sums.cu": "test_linear_backward and gelu",
     "embedding.cu": "test_embedding_backward",
     "embedding.cu embedding_forward": "test_embedding_forward",
     "gelu.cu": "test_gelu",
@@ -399,33 +399,13 @@ FAULTS = (
         "column_sums.cu column_sums_of_blocks",
         ("no barrier before the warps' sums are read", "    __syncthreads();\n", ""),
         ("a warp's sum lost", "w < WARPS", "w < WARPS - 1"),
-        ("rows of the next block too", "row < end ?", "row < N ?"),
-        ("the warp's first eight rows only", "n += AT_ONCE * WARPS", "n = end"),
-        ("rows of a warp side by side", "n + k * WARPS", "n + k"),
         ("the last row of a block lost", "(blockIdx.y + 1) * rows, N)", "(blockIdx.y + 1) * rows - 1, N)"),
         ("all blocks in one row of partial", "partial + static_cast<size_t>(blockIdx.y) * C", "partial"),
         ("the second 256 columns", "(blockIdx.x * WARP + lane) * PACK", "lane * PACK"),
     ),
     *_in(
         "column_sums.cu column_sums_add",
-        ("the last row lost", "row < rows;", "row < rows - 1;"),
-        (
-            "32 rows at most",
-            "for (int row = threadIdx.y; row < rows; row += WARP)",
-            "if (int row = threadIdx.y; row < rows)",
-        ),
-        ("no barrier before the warps' sums are read", "    __syncthreads();\n", ""),
-        ("= for +=", "accumulate ? widen(out) : 0.0f", "0.0f"),
-        ("+= for =", "accumulate ? widen(out) : 0.0f", "widen(out)"),
-        ("a warp's sum lost", "warp = 0; warp < WARP", "warp = 1; warp < WARP"),
-        ("the next sum's columns begun too late", "blockIdx.x >= sum", "blockIdx.x > sum"),
-        ("the last sum lost", "sum < last &&", "sum + 1 < last &&"),
-        ("the first sum's block for all", "blockIdx.x - static_cast<int>(sum->first_block)", "blockIdx.x"),
-    ),
-    *_in(
-        "column_sums.cu column_sums_add",
-        ("the columns for their distance", "row * sum->stride", "row * sum->columns"),
-        tests="test_layernorm_backward",
+        ("the last block's sums lost", "accumulate, blocks, C", "accumulate, blocks - 1, C"),
     ),
     *_in(
         "embedding.cu embedding_forward",
@@ -558,6 +538,15 @@ FAULTS = (
         "layernorm.cu block_sums",
         ("no barrier behind the warps' sums", "    __syncthreads();\n", ""),
         ("the first warp's sums for all", "x = warp_sum(mine.x), y = warp_sum(mine.y);", ""),
+    ),
+    *_in(
+        "layernorm.cu layernorm_backward_sums",
+        ("rows of partial at C for 3 C", "blocks, 3 * C, C", "blocks, C, C"),
+    ),
+    *_in(
+        "layernorm.cu layernorm_backward_sums",
+        ("a null gradient written to", "if (out) add", "add"),
+        tests="test_layernorm_backward and False",
     ),
     *_in(
         "norm.cu norm_squared",
@@ -732,6 +721,23 @@ FAULTS = (
         "common.cuh block_max",
         ("a maximum of at least 0", "partial[lane] : -INF", "partial[lane] : 0.0f"),
         tests="test_sampling",
+    ),
+    *_in(
+        "common.cuh add_column_sums",
+        ("no barrier before the warps' sums are read", "    __syncthreads();\n", ""),
+        ("= for +=", "accumulate ? widen(out[column]) : 0.0f", "0.0f"),
+        ("+= for =", "accumulate ? widen(out[column]) : 0.0f", "widen(out[column])"),
+        ("a warp's sum lost", "warp = 0; warp < WARP", "warp = 1; warp < WARP"),
+        tests="test_linear_backward and gelu",
+    ),
+    *_in(
+        "common.cuh add_column_sums",
+        (
+            "32 rows at most",
+            "for (int row = threadIdx.y; row < rows; row += WARP)",
+            "if (int row = threadIdx.y; row < rows)",
+        ),
+        tests="test_layernorm_backward",
     ),
 )
 

@@ -204,8 +204,7 @@ def test_what_is_prepared_is_all_that_a_step_needs(twin, monkeypatch):
     operations, dims = ops.load("cuda"), config.dims() | {"B": B, "T": T}
     monkeypatch.setattr(cuda, "compute_capability", lambda: 80)
     operations.prepare(dims, -1, BF16)
-    memories = operations.scratch.OF_OPERATIONS, operations.column_sums.OF_PARTIAL_SUMS
-    prepared, kernels_then = [memory.buffer for memory in memories], set(kernels.KERNELS._modules)
+    prepared, kernels_then = operations.scratch._buffer, set(kernels.KERNELS._modules)
     model = on_device(twin, config, B, T)
     run(twin, model, inp, targets)
     one, zeros = (
@@ -226,13 +225,11 @@ def test_what_is_prepared_is_all_that_a_step_needs(twin, monkeypatch):
         *(twin.put(np.zeros(1), np.int32), model.forward(twin.put(inp, np.int32))[:1, 0], config.V),
         *(twin.put(np.zeros(1), np.float64), 1.0),
     )
-    assert all(memory.buffer is before for memory, before in zip(memories, prepared, strict=True))
+    assert operations.scratch._buffer is prepared
     assert set(kernels.KERNELS._modules) == kernels_then
-    for memory in memories:
-        monkeypatch.setattr(memory, "buffer", None)
+    monkeypatch.setattr(operations.scratch, "_buffer", None)
     run(twin, model, inp, targets)
-    for memory, before in zip(memories, prepared, strict=True):
-        assert memory.buffer.size >= before.size - operations.scratch.PADDING
+    assert operations.scratch._buffer.size >= prepared.size - operations.scratch.PADDING
 
 
 def test_parameters_are_the_masters_rounded(twin):

@@ -5,7 +5,6 @@ On the CPU the matrix multiplies are numpy's; everything else is what runs on a 
 
 import math
 import os
-from contextlib import nullcontext
 from itertools import combinations
 
 import numpy as np
@@ -14,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from engine import ops
 from engine.device import cublaslt, cuda, kernels, race, tuning
-from engine.ops.cuda import column_sums, scratch
+from engine.ops.cuda import scratch
 from engine.ops.numpy import rounding
 from tests.twins import BF16, EPS16, EPS32, F32, assert_within, on, rounded, stored, sum_error
 
@@ -28,8 +27,7 @@ def twin(request):
     # The float64 side of large sizes is worth all cores; the engine keeps BLAS to one thread otherwise.
     with on(request.param) as device, threadpool_limits(os.cpu_count() if device.on_gpu else 1, user_api="blas"):
         # Scratch memory begins as NaN, whatever it is taken for, or -1: what is read there must have been written.
-        for memory in (scratch.OF_OPERATIONS, column_sums.OF_PARTIAL_SUMS):
-            memory.buffer = device.put(np.full(1 << 20, 0xFF), np.uint8)
+        scratch._buffer = device.put(np.full(1 << 20, 0xFF), np.uint8)
         yield device
 
 
@@ -324,47 +322,6 @@ def test_linear_backward(twin, sizes, monkeypatch, accumulate, kind, fusion, dty
             after = twin.get(dinp).reshape(N, C)
             exact_b, size_b = b0 + after.sum(axis=0), np.abs(b0) + np.abs(after).sum(axis=0)
             assert_within(twin.get(dbias), exact_b, stored(exact_b, sum_error(N + 1) * size_b, dtype), "dbias_below")
-
-
-@pytest.mark.parametrize("accumulate", ACCUMULATE)
-@pytest.mark.parametrize("dtype", GRAD_DTYPES)
-def test_column_sums(twin, sizes, monkeypatch, accumulate, dtype):
-    """One by one and together, which is one launch for all."""
-    shapes = sizes((1, 8), (40, 264), (130, 40), (16_400, 8), None, (16_400, 3072), (70_000, 264))
-    launched = []
-
-    def launch(source, name, *args, **options):
-        launched.append(name)
-        kernels.KERNELS.launch(source, name, *args, **options)
-
-    for context in (nullcontext, CUDA.column_sums.together):
-        sums = []
-        with monkeypatch.context() as patch, context():
-            patch.setattr(kernels, "launch", launch)
-            for shape in shapes:
-                x, (out, before) = normal(*shape), gradient(twin, accumulate, dtype, shape[1])
-                CUDA.column_sums.add(out, twin.put(x), accumulate=accumulate)
-                sums.append((out, before, rounded(x)))
-        assert launched.count("column_sums_add") == (1 if context is CUDA.column_sums.together else len(shapes))
-        launched.clear()
-        for out, before, x in sums:
-            exact, size = before + x.sum(axis=0), np.abs(before) + np.abs(x).sum(axis=0)
-            assert_within(twin.get(out), exact, stored(exact, sum_error(len(x) + 1) * size, dtype), "out")
-
-
-def test_what_failed_together_waits_no_more(twin):
-    x = normal(40, 64)
-
-    def fail():
-        with CUDA.column_sums.together():
-            CUDA.column_sums.add(twin.nan(64), twin.put(x), accumulate=False)
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    out = twin.nan(64, dtype=F32)
-    CUDA.column_sums.add(out, twin.put(x), accumulate=False)
-    np.testing.assert_allclose(twin.get(out), rounded(x).sum(axis=0), atol=1e-4)
 
 
 @pytest.fixture

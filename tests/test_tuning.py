@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -191,7 +190,6 @@ def test_the_multiplies_that_are_tuned_are_those_of_a_step(stand_in, monkeypatch
     asked = set()
     monkeypatch.setattr(cublaslt.Library, "run", lambda self, operation, *_: asked.add(operation))
     left_out = SimpleNamespace(**dict.fromkeys(("forward", "backward", "forward_backward"), lambda *_, **__: None))
-    left_out.together = nullcontext
     operations = SimpleNamespace(**dict.fromkeys(CUDA.__all__, left_out))
     operations.linear = CUDA.linear
     config = GPT2Config(maxT=16, V=200, L=2, NH=2, C=128)
@@ -320,7 +318,7 @@ def test_where_nothing_is_timed_the_gpu_s_kind_says_where_gelu_is(stand_in, monk
     monkeypatch.setattr(CUDA.cuda, "compute_capability", lambda: capability)
     monkeypatch.setattr(CUDA.cuda, "shared_memory_limit", lambda: 163 << 10)
     monkeypatch.setattr(CUDA.kernels, "KERNELS", SimpleNamespace(load=lambda *_: None))
-    monkeypatch.setattr(CUDA.scratch.Memory, "reserve", lambda self, nbytes: None)
+    monkeypatch.setattr(CUDA.scratch, "reserve", lambda nbytes: None)
     config = GPT2Config(maxT=16, V=200, L=2, NH=2, C=128)
     CUDA.prepare(config.dims() | {"B": 2, "T": 16}, asked, BF16)
     CUDA.use_tuning({})  # as --gemm-search off does

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from engine.device import cublaslt, cuda, kernels, numpy, tensor_map
-from engine.ops.cuda import attention, column_sums, linear, scratch
+from engine.ops.cuda import attention, linear, scratch
 from tests import shim
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -123,8 +123,7 @@ def assert_within(actual: np.ndarray, exact: np.ndarray, bound: np.ndarray | flo
 def on(name: str) -> Iterator[Twin]:
     """The CUDA operations on "gpu", or by the shim with its threads in an order: "forward", "reversed", "shuffled"."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scratch, "OF_OPERATIONS", scratch.Memory())
-        patch.setattr(column_sums, "OF_PARTIAL_SUMS", scratch.Memory())
+        patch.setattr(scratch, "_buffer", None)
         patch.setattr(linear, "gelu_fusion", 0)
         patch.setattr(attention, "for_hopper", False)
         if name != "gpu":

@@ -267,8 +267,7 @@ class GPT2:
         )
         for layer in reversed(range(self.config.L)):
             x, dbias_below = (a.h[layer - 1].out, g.h[layer - 1].fcprojb) if layer else (a.encoded, None)
-            with ops.column_sums.together():
-                self._block_backward(a, p.h[layer], g.h[layer], x, a.h[layer], dbias_below, accumulate)
+            self._block_backward(a, p.h[layer], g.h[layer], x, a.h[layer], dbias_below, accumulate)
             on_ready(layer + 1)
         ops.embedding.backward(g.wte, g.wpe, a.dx, inp, accumulate=accumulate)
         on_ready(0)

@@ -31,7 +31,6 @@ __all__ = [
     "adamw",
     "attention",
     "classifier",
-    "column_sums",
     "embedding",
     "gelu",
     "guard",
@@ -62,18 +61,12 @@ def unsupported(B: int, C: int, HS: int) -> str:
 
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:
-    return _most_scratch(dims) + _partial_sums(dims) + cublaslt.WORKSPACE_BYTES
+    return _most_scratch(dims) + cublaslt.WORKSPACE_BYTES
 
 
 def _most_scratch(dims: Mapping[str, int]) -> int:
     """Operations run one after the other, so the one that asks for most says how much there must be."""
-    return max(op.scratch_bytes(dims) for op in (attention, embedding, norm)) + scratch.PADDING
-
-
-def _partial_sums(dims: Mapping[str, int]) -> int:
-    """Those of a layer, which has two layernorms, are kept until they are added up together."""
-    ops = attention, column_sums, layernorm, layernorm
-    return sum(op.partial_bytes(dims) for op in ops) + scratch.PADDING
+    return max(op.scratch_bytes(dims) for op in (attention, column_sums, embedding, layernorm, norm)) + scratch.PADDING
 
 
 def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
@@ -91,7 +84,7 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
         ("embedding", {}, grads),
         ("gelu", {}),
         ("guard", {}),
-        ("layernorm", layernorm.packs(dims["C"])),
+        ("layernorm", layernorm.packs(dims["C"]), layernorm.packs(dims["C"]) | grads),
         ("norm", grads),
         ("reduce", grads),
         ("sampling", {}),
@@ -101,8 +94,7 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
             kernels.KERNELS.load(source, defines)
     if attention.on_hopper(HS):
         kernels.KERNELS.load("attention_hopper", {"HS": HS})
-    scratch.OF_OPERATIONS.reserve(_most_scratch(dims))
-    column_sums.OF_PARTIAL_SUMS.reserve(_partial_sums(dims))
+    scratch.reserve(_most_scratch(dims))
     fastest = 2 if cuda.compute_capability() >= 90 else 0
     linear.gelu_fusion = fastest if gelu_fusion == -1 else gelu_fusion
 

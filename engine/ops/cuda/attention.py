@@ -37,12 +37,11 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias
     (B, NH, T), HS = lse.shape, out.shape[-1] // lse.shape[1]
     count = blocks(T, ROWS)
     if on_hopper(HS):
-        (statistics,) = scratch(((B, NH, count, 2, ROWS), np.float32))
-        partial = column_sums.partial(B * count, 3 * NH * HS)
+        statistics, partial = scratch(((B, NH, count, 2, ROWS), np.float32), ((B * count, 3 * NH * HS), np.float32))
         maps = tensor_map.rows(dout, B, T, NH * HS), tensor_map.rows(qkv, B, T, 3 * NH * HS)
         _launch_hopper("backward_q", B, NH, T, HS, dqkv, partial, statistics, *maps, out, lse, count)
         _launch_hopper("backward_kv", B, NH, T, HS, dqkv, partial, *maps, statistics, count)
-        column_sums.add_up([dbias], partial, accumulate=accumulate)
+        column_sums.add_partial(dbias, partial, accumulate=accumulate)
         return
     (D,) = scratch((lse.shape, np.float32))
     kernels.launch(
@@ -59,19 +58,11 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias
 
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:
-    """D; of heads that Hopper's kernels are for, lse and D of whole blocks."""
-    B, T, NH, HS = _sizes(dims)
-    return B * NH * (2 * blocks(T, ROWS) * ROWS if HS in FORWARD_GROUPS else T) * 4
-
-
-def partial_bytes(dims: Mapping[str, int]) -> int:
-    """The sums of each ROWS rows of dqkv, as Hopper's kernels leave them; other kernels' are of more rows."""
-    B, T, NH, HS = _sizes(dims)
-    return B * blocks(T, ROWS) * 3 * NH * HS * 4
-
-
-def _sizes(dims: Mapping[str, int]) -> tuple[int, int, int, int]:
-    return dims["B"], dims["T"], dims["NH"], dims["C"] // dims["NH"]
+    """D; of heads that Hopper's kernels are for, lse and D, and the sums of each ROWS rows of dqkv."""
+    B, T, NH, C = (dims[name] for name in ("B", "T", "NH", "C"))
+    if C // NH in FORWARD_GROUPS:
+        return B * blocks(T, ROWS) * (NH * 2 * ROWS + 3 * C) * 4
+    return B * NH * T * 4
 
 
 def on_hopper(HS: int) -> bool:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from engine.device import kernels
-from engine.ops.cuda import column_sums
-from engine.ops.cuda.scratch import MULTIPROCESSORS, blocks, share_out
+from engine.ops.cuda.scratch import MULTIPROCESSORS, blocks, scratch, share_out
 
 Array = Any
 
@@ -44,7 +45,8 @@ def backward(
 ) -> None:
     N, C = mean.size, weight.size
     rows, count = shares(N, C)
-    partial = column_sums.partial(count, 3 * C)
+    defines = packs(C) | kernels.grad_variant(dweight.dtype)
+    (partial,) = scratch(((count, 3, C), np.float32))
     kernels.launch(
         "layernorm",
         "layernorm_backward",
@@ -52,12 +54,19 @@ def backward(
         (threads(C),),
         *(dinp, partial, dout, inp, weight, mean, rstd, rows, count, N, C),
         shared_bytes=STAGES * 3 * C * 2,
-        defines=packs(C),
+        defines=defines,
     )
-    column_sums.add_up([dweight, dbias, dinp_sum], partial, accumulate=accumulate)
+    kernels.launch(
+        "layernorm",
+        "layernorm_backward_sums",
+        (blocks(C, 32), 3),
+        (32, 32),
+        *(dweight, dbias, dinp_sum, partial, accumulate, count, C),
+        defines=defines,
+    )
 
 
-def partial_bytes(dims: Mapping[str, int]) -> int:
+def scratch_bytes(dims: Mapping[str, int]) -> int:
     _, count = shares(dims["B"] * dims["T"], dims["C"])
     return count * 3 * dims["C"] * 4
 

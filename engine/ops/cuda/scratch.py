@@ -17,47 +17,29 @@ Array = Any
 MULTIPROCESSORS = 132
 
 _ALIGNMENT = 256
-PADDING = 8 * _ALIGNMENT  # of the arrays that are taken together, at most
-
-
-class Memory:
-    """Memory that is given out piece by piece, until all of it is free again."""
-
-    def __init__(self) -> None:
-        self.buffer: Array = None
-        self._taken = 0
-
-    def reserve(self, nbytes: int) -> None:
-        """Sees to it that there are so many bytes. What was taken before keeps what it has, but nobody else will."""
-        if self.buffer is None or self.buffer.size < nbytes:
-            self.buffer = None  # given back before more is taken
-            self.buffer = cuda.zeros((nbytes,), np.uint8)
-
-    def take(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """An uninitialised array."""
-        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        start, self._taken = self._taken, self._taken + aligned(nbytes)
-        self.reserve(self._taken)
-        return self.buffer[start : start + nbytes].view(dtype).reshape(shape)
-
-    def give_back(self) -> None:
-        """All that was taken."""
-        self._taken = 0
-
-
-OF_OPERATIONS = Memory()
+PADDING = 8 * _ALIGNMENT  # of the arrays that one operation asks for, at most
+_buffer: Array = None
 
 
 def scratch(*wanted: tuple[tuple[int, ...], Any]) -> list[Array]:
     """An uninitialised array for each (shape, dtype), valid until the next operation that asks."""
-    OF_OPERATIONS.give_back()
-    OF_OPERATIONS.reserve(sum(aligned(math.prod(shape) * np.dtype(dtype).itemsize) for shape, dtype in wanted))
-    return [OF_OPERATIONS.take(shape, dtype) for shape, dtype in wanted]
+    starts, end = [], 0
+    for shape, dtype in wanted:
+        starts.append(end)
+        end += -(-math.prod(shape) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+    reserve(end)
+    return [
+        _buffer[start : start + math.prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+        for start, (shape, dtype) in zip(starts, wanted, strict=True)
+    ]
 
 
-def aligned(nbytes: int) -> int:
-    """So many bytes, and what is left free behind them."""
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+def reserve(nbytes: int) -> None:
+    """Sees to it that there are so many bytes."""
+    global _buffer
+    if _buffer is None or _buffer.size < nbytes:
+        _buffer = None  # given back before more is taken
+        _buffer = cuda.zeros((nbytes,), np.uint8)
 
 
 def blocks(n: int, per_block: int) -> int:

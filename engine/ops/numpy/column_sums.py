@@ -1,6 +1,5 @@
 """The sums of a gradient's columns: what the bias that was added to every row receives."""
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -17,8 +16,3 @@ def add(out: np.ndarray, x: np.ndarray, *, accumulate: bool) -> None:
         write(out[block], np.einsum("nc->c", x[:, block]), accumulate)
 
     run([partial(sums, block) for block in matmul_blocks(len(out))])
-
-
-def together() -> AbstractContextManager[None]:
-    """What operations sum over rows in here (gradients of biases, and layernorm's) is there when it ends."""
-    return nullcontext()
