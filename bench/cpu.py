@@ -84,7 +84,7 @@ def main(
     config = GPT2Config(maxT=T, V=V, L=L, NH=NH, C=C)
     inp, targets = np.random.default_rng(0).integers(0, V, (2, B, T)).astype(np.int32)
     dev, operations = device.load("numpy"), Recorded(ops.load("numpy"), device.load("numpy"))
-    ours = make_step(config, inp, targets, dev, operations, recompute=recompute)
+    ours = make_step(config, np.stack([inp, targets])[None], dev, operations, recompute=recompute)
     contenders: dict[str, Callable[[], Any]] = {"backhand": ours}
     if beside_torch:
         # The peer lives with the tests: nothing that is shipped imports PyTorch.

@@ -35,7 +35,7 @@ from bench.step import (
     measure_rates,
     nbytes,
     options,
-    random_tokens,
+    random_batches,
     release,
     set_up,
 )
@@ -110,8 +110,7 @@ def main(
     recorded = Recorded(operations, dev)
     rates = measure_rates(dev, operations)
     release(dev)
-    inp, targets = random_tokens(run, config)
-    step = make_step(config, inp, targets, dev, recorded, recompute=run.recompute)
+    step = make_step(config, random_batches(run, config), dev, recorded, recompute=run.recompute)
 
     with watched_gpu(backend) as gpu:
         (times,) = in_turns(dev, [partial(step, replay)], warm_up, seconds)

@@ -38,7 +38,7 @@ from bench.step import (
     make_step,
     nbytes,
     options,
-    random_tokens,
+    random_batches,
     seconds_of,
     set_up,
 )
@@ -154,8 +154,7 @@ def main(determinism: bool, warm_up: float, seconds: float, json_path: Path | No
     dev, config, run = setting.dev, setting.config, setting.run
     torch_peers = find_torch_peers()
     recorded = Recorded(setting.operations, dev)
-    inp, targets = random_tokens(run, config)
-    step = make_step(config, inp, targets, dev, recorded, recompute=run.recompute)
+    step = make_step(config, random_batches(run, config), dev, recorded, recompute=run.recompute)
     recorded.calls = []
     step()
     calls = distinct(recorded.calls)

@@ -6,8 +6,8 @@ long each exchange and sum takes, on whatever stream it runs, beside computing a
 for them, and each rank's memory: what the tables say, what there is, and what NCCL takes. Last, the losses of 1, 2, 4,
 ... ranks on the same global batches, in one picture.
 
-Tokens are random, and the updates are real ones. All that is timed is train.py's own step. NCCL takes its variables
-(NCCL_MAX_CTAS, ...) from the environment, and they are written down.
+Tokens are random, and the updates are real ones, if small. All that is timed is train.py's own step. NCCL takes its
+variables (NCCL_MAX_CTAS, ...) from the environment, and they are written down.
 """
 
 import json
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.machine import machine, versions
 from bench.rank_exchanges import FEW, Steps, cost_of_exchanges, seconds_in_turns
 from bench.rank_losses import draw, loss_curves, losses_in_words
-from bench.step import make_training, prepare_and_tune, random_tokens, release
+from bench.step import make_training, prepare_and_tune, random_batches, release
 from engine import device, ops, training
 from engine.comm import Communicator, connect, ending_together
 from engine.comm.one import OneRank
@@ -43,7 +43,7 @@ from engine.report import have_matplotlib
 from engine.training import Training
 
 LOSSES = "losses"  # what --only calls the runs on 1, 2, 4, ... ranks
-BATCHES = 8  # micro-batches by turns: one alone would soon be known by heart, and cost less power
+LEARNING_RATE = 1e-6  # what has learned more takes more power, and so time: all are to stay at the beginning
 
 
 def held(t: Training) -> dict[str, int]:
@@ -64,12 +64,11 @@ def measure(
     """
     operations = ops.load("cuda" if dev.WORKS_ALONE else "numpy")
     require_memory(run, config, dev, operations, comm.world)
-    tokens = [random_tokens(run, config, seed=comm.rank * BATCHES + batch) for batch in range(BATCHES)]
-    of_one = on_one_rank(run)
-    alone = Steps(make_training(of_one, OneRank(), config, dev, operations, cycle(tokens)))
+    batches, of_one = random_batches(run, config, seed=comm.rank), on_one_rank(run)
+    alone = Steps(make_training(of_one, OneRank(), config, dev, operations, cycle(batches)))
     alone.take(warm_up)
     free = dev.available_bytes()
-    t = make_training(run, comm, config, dev, operations, cycle(tokens))
+    t = make_training(run, comm, config, dev, operations, cycle(batches))
     taken = free - dev.available_bytes()
     together = Steps(t)
     together.take(FEW)
@@ -232,7 +231,7 @@ def main(model: str, B: int, T: int, V: int, wanted: str, only: str, **options: 
             raise UsageError("--png needs matplotlib: pip install matplotlib")
         backend = device.choose(wanted, print if comm.rank == 0 else lambda line: None)
         common = {name: options[name] for name in ("total_batch", "recompute")}
-        run = RunConfig(model=model, B=B, T=T, weight_decay=0.1, cuda_graph="off", **common)
+        run = RunConfig(model=model, B=B, T=T, weight_decay=0.1, lr=LEARNING_RATE, cuda_graph="off", **common)
         runs = variants(run, comm.world, options["lanes"], on_gpus=device.load(backend).WORKS_ALONE)
         chosen = {name.strip() for name in only.split(",") if name.strip()} or {*runs, LOSSES}
         if unknown := chosen - {*runs, LOSSES}:

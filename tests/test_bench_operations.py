@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench.operations import randomize
-from bench.step import Call, Recorded, in_turns, make_step, random_tokens, set_up
+from bench.step import Call, Recorded, in_turns, make_step, random_batches, set_up
 from engine import device
 from tests.conftest import ROOT
 from tests.twins import EPS16, EPS32
@@ -95,8 +95,8 @@ def recorded(request):
     """(the device, the calls of linear and attention in a step on it)."""
     setting = set_up(V, 1, model=f"l1h2c{C}", B=B, T=T, recompute=0, gemm_search="off", device=request.param)
     operations = Recorded(setting.operations, setting.dev)
-    inp, targets = random_tokens(setting.run, setting.config)
-    step = make_step(setting.config, inp, targets, setting.dev, operations, recompute=0)
+    batches = random_batches(setting.run, setting.config)
+    step = make_step(setting.config, batches, setting.dev, operations, recompute=0)
     operations.calls = []
     step()
     return setting.dev, [call for call in operations.calls if call.name.startswith(("linear", "attention"))]
