@@ -9,8 +9,9 @@ variants of them; tuning.py decides when, and remembers what was found.
 """
 
 import itertools
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -68,6 +69,14 @@ class Plan(NamedTuple):
     b: int
     out: int
     algorithm: Any  # a numpy record, whose address cublasLt takes; None until one is chosen
+
+
+class Contender(NamedTuple):
+    """An algorithm that can do a multiply."""
+
+    settings: dict[str, int]
+    seconds: float  # its median in a race
+    again: Callable[[], None]
 
 
 def matmul(
@@ -268,6 +277,18 @@ class Library:
         times = {"us": round(medians[best] * 1e6, 1), "first_us": round(medians[0] * 1e6, 1)}
         return {"algo": algorithm.tobytes().hex()} | self._settings(algorithm) | times | {"thorough": thorough}
 
+    def contenders(self, op: Operation, thorough: bool, most: int) -> list[Contender]:
+        """For benchmarks: what `fastest` chooses among, the fastest `most` and first of all its choice."""
+        plan = self._describe(op)
+        proposals = self._candidates(op, plan)
+        algorithms = [*proposals, *(self._variants(op, plan, proposals) if thorough else [])]
+        ways = self._ways(op, plan, proposals, algorithms[len(proposals) :])
+        best, medians = race.fastest(ways)
+        order = sorted(
+            (n for n in range(len(ways)) if math.isfinite(medians[n])), key=lambda n: (n != best, medians[n])
+        )
+        return [Contender(self._settings(algorithms[n]), medians[n], ways[n]) for n in order[:most]]
+
     def fastest_by_reduction(self, op: Operation) -> tuple[float, float]:
         """For benchmarks: microseconds of its fastest algorithm among those that are taken here, and among all, those
         too that add up partial sums in out's type.
@@ -285,6 +306,12 @@ class Library:
         """Of these algorithms, as `race.fastest`; the first, which cublasLt estimates to be the fastest, wins ties. A
         variant that fails loses.
         """
+        return race.fastest(self._ways(op, plan, proposals, variants))
+
+    def _ways(
+        self, op: Operation, plan: Plan, proposals: Sequence[Any], variants: Sequence[Any]
+    ) -> list[Callable[[], None]]:
+        """To do the same multiply, of noise, by each of them."""
         operands = (
             race.noise((op.M, op.N), op.dtype),
             race.noise((op.M * op.K,), BF16),
@@ -300,8 +327,10 @@ class Library:
             except self._lt.cuBLASLtError as error:
                 raise race.FailedError from error
 
-        ways = [partial(self._launch, plan._replace(algorithm=each), *operands) for each in proposals]
-        return race.fastest([*ways, *(partial(attempt, plan._replace(algorithm=each)) for each in variants)])
+        ways: list[Callable[[], None]] = [
+            partial(self._launch, plan._replace(algorithm=each), *operands) for each in proposals
+        ]
+        return [*ways, *(partial(attempt, plan._replace(algorithm=each)) for each in variants)]
 
     def _variants(self, op: Operation, plan: Plan, proposals: Sequence[Any]) -> list[Any]:
         """The proposed algorithms in other settings that cublasLt accepts, as many as SEARCH_SECONDS allow: those of a
