@@ -170,7 +170,8 @@ def write_up(figures: dict[str, Any], rows: list[Row], what: str) -> str:
         f"{figures['tokens_per_second']:,.0f} tokens/s",
         "MFU " + ", ".join(f"{share:.1%} by {formula}" for formula, share in figures["mfu"].items()) + f", {of}",
     ]
-    lines += told_of_gpu(gpu)
+    # A GPU at its limit of power is as fast as a step costs little.
+    lines += [f"{line}, {gpu['watts'] * figures['ms'] / 1000:,.1f} J a step" for line in told_of_gpu(gpu)]
     if tuned := figures["tuning"].get("algorithms"):
         chosen, first = (sum(record[key] for record in tuned.values()) for key in ("us", "first_us"))
         lines.append(

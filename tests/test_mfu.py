@@ -71,26 +71,35 @@ def test_a_peak_is_that_of_the_very_gpu(name, teraflops):
     assert peak_of(name) == (teraflops and teraflops * 1e12)
 
 
+FIGURES = {
+    "command": "",
+    "date": "",
+    "machine": "",
+    "versions": "",
+    "measured_flops": 1.0,
+    "measured_bytes": 1.0,
+    "ms": 300.0,
+    "steps": 1,
+    "tokens_per_second": 1.0,
+    "mfu": {},
+    "gpu": None,
+    "peak_flops": None,
+    "tuning": {},
+}
+ROW = Row("linear.forward", 1, 1.0, 1.0, 1.0, 1.0)
+
+
 def test_what_the_search_gained_is_told():
     record = {"algo": "00", "us": 600.0, "first_us": 1000.0}
-    figures = {
-        "command": "",
-        "date": "",
-        "machine": "",
-        "versions": "",
-        "measured_flops": 1.0,
-        "measured_bytes": 1.0,
-        "ms": 1.0,
-        "steps": 1,
-        "tokens_per_second": 1.0,
-        "mfu": {},
-        "gpu": None,
-        "peak_flops": None,
-    }
     told = "2 kinds of matrix multiply"
-    row = Row("linear.forward", 1, 1.0, 1.0, 1.0, 1.0)
-    tuning = {"algorithms": {"one": record, "other": record}}
-    text = write_up(figures | {"tuning": tuning}, [row], "d12")
+    text = write_up(FIGURES | {"tuning": {"algorithms": {"one": record, "other": record}}}, [ROW], "d12")
     assert f"{told} by the algorithms" in text
     assert "they take 1,200 us, by cublasLt's first proposals 2,000 us" in text
-    assert told not in write_up(figures | {"tuning": {}}, [row], "d12")
+    assert told not in write_up(FIGURES, [ROW], "d12")
+
+
+def test_what_a_step_costs_is_told():
+    gpu = {"clock_mhz": 1450, "watts": 700, "peak_mib": 1000, "samples": 5}
+    assert "1,450 MHz, 700 W (means), peak of memory 1,000 MiB, 210.0 J a step" in write_up(
+        FIGURES | {"gpu": gpu}, [ROW], "d12"
+    )
