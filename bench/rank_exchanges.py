@@ -3,7 +3,7 @@ computing waits for them.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from types import ModuleType
@@ -18,6 +18,9 @@ from engine.training import Training
 
 Medians = dict[tuple[str, int], tuple[float, float]]
 EXCHANGES = ("exchange", "reduce_scatter", "all_gather")
+# One after the other is left out, to see what it costs: gathering (parameters, or with -z 0 gradients), exchanging
+# gradients, and adding them up.
+LEFT_OUT = {"gathering": ("all_gather",), "exchanging": ("exchange", "reduce_scatter"), "adding": ("sum",)}
 FEW = 3  # steps before some that are timed, and those whose exchanges are timed one by one, with marks between them
 
 
@@ -89,27 +92,38 @@ class Steps:
 
 
 @contextmanager
-def silent(t: Training, replay: Callable[..., None]) -> Iterator[None]:
-    """t has no exchanges: its numbers are nonsense then, but there are as many."""
-    comm, usual = t.comm, t.replay
-    t.zero._comm, t.replay = Instead(comm, **dict.fromkeys(EXCHANGES, lambda *_: None)), replay
+def without(t: Training, replay: Callable[..., None], left_out: Sequence[str]) -> Iterator[None]:
+    """t leaves out these exchanges, or "sum", the sums over ranks: its numbers are nonsense then, if as many.
+
+    replay: of its own, for graphs hold what was there.
+    """
+    zero: Any = t.zero
+    usual = zero._comm, zero._ops, t.replay
+    nothing: dict[str, Callable[..., None]] = dict.fromkeys(left_out, lambda *_, **__: None)
+    if summing := nothing.pop("sum", None):
+        zero._ops = Instead(t.ops, reduce=Instead(t.ops.reduce, sum_slices=summing))
+    zero._comm, t.replay = Instead(zero._comm, **nothing), replay
     yield
-    t.zero._comm, t.replay = comm, usual
+    zero._comm, zero._ops, t.replay = usual
 
 
 def seconds_in_turns(alone: Steps, together: Steps, steps: int, turns: int) -> dict[str, np.ndarray]:
-    """Seconds of a step, (ranks, turns), of each rank alone, all at once; of all together; and without exchanges.
+    """Seconds of a step, (ranks, turns): "alone", of each rank on its own, all at once; "together"; and as LEFT_OUT
+    calls it, of all, without that and all that stands before it.
 
     By turns, for a card's clock goes down while it gets warm, and up and down for other reasons.
     """
     t = together.t
-    without = t.device.replay(t.run.cuda_graph, print)
-    found: dict[str, list[float]] = {"alone": [], "together": [], "silent": []}
+    replays = {name: t.device.replay(t.run.cuda_graph, print) for name in LEFT_OUT}
+    found: dict[str, list[float]] = defaultdict(list)
     for _ in range(turns):
         found["alone"].append(alone.seconds(t.comm, steps))
         found["together"].append(together.seconds(t.comm, steps))
-        with silent(t, without):
-            found["silent"].append(together.seconds(t.comm, steps))
+        left_out: list[str] = []
+        for name, these in LEFT_OUT.items():
+            left_out += these
+            with without(t, replays[name], left_out):
+                found[name].append(together.seconds(t.comm, steps))
     return {name: t.comm.gather(np.array(seconds)) for name, seconds in found.items()}
 
 

@@ -1,7 +1,7 @@
 """What several ranks cost: `mpirun -np 4 python bench/ranks.py`.
 
 For each way to share out (-z, --reduce, --carrier, --lanes), in turns on the same machine, the step's time of one rank
-alone, of all, and of all without exchanges: by what it is less, exchanges are not hidden behind computing. Then how
+alone, of all, and of all without exchanges, one kind after the other: by what it is less, they are not hidden. Then how
 long each exchange and sum takes, on whatever stream it runs, beside computing and without it, how long computing waits
 for them, and each rank's memory: what the tables say, what there is, and what NCCL takes. Last, the losses of 1, 2, 4,
 ... ranks on the same global batches, in one picture.
@@ -29,7 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.machine import machine, versions
-from bench.rank_exchanges import FEW, Steps, cost_of_exchanges, seconds_in_turns
+from bench.rank_exchanges import FEW, LEFT_OUT, Steps, cost_of_exchanges, seconds_in_turns
 from bench.rank_losses import draw, loss_curves, losses_in_words
 from bench.step import make_training, prepare_and_tune, random_batches, release
 from engine import device, ops, training
@@ -90,7 +90,7 @@ def measure(
         "tokens_per_second": run.samples_per_step(comm.world) * run.T / seconds,
         "of_ideal": float(ideal(own)) / seconds,
         "of_ideal_by_turns": (ideal(each["alone"]) / slowest["together"]).tolist(),
-        "seconds_silent": float(slowest["silent"].mean()),
+        "seconds_without": {name: float(slowest[name].mean()) for name in LEFT_OUT},
         "loss": loss,
         **cost_of_exchanges(together),
         "memory": memory_by_class(run, config, dev, operations, comm.world),
@@ -172,10 +172,10 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
         sizes = ", ".join(f"{name} {nbytes / 2**20:,.1f}" for name, nbytes in nccl.items())
         allowed = f"{figures['nccl_allowed'] / 2**20:,.0f}"
         yield f"NCCL's memory on a GPU, the most of all ranks, MiB: {sizes}; a run leaves {allowed} free for it"
-    yield f"ideal: {figures['world']} times one rank; exposed: the step less the same step without exchanges"
+    yield f"ideal: {figures['world']} times one rank; exposed: the step less one without gathering and exchanging"
     for name, found in figures["variants"].items():
         yield ""
-        exposed = (found["seconds"] - found["seconds_silent"]) * 1000
+        exposed = (found["seconds"] - found["seconds_without"]["exchanging"]) * 1000
         yield (
             f"{name}: {found['seconds'] * 1000:.2f} ms a step, {found['tokens_per_second']:,.0f} tokens/s, "
             f"{found['of_ideal']:.2%} of ideal, exposed {exposed:.2f} ms, loss {found['loss']:.5f}"
@@ -183,6 +183,8 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
         alone = ", ".join(f"{1000 * each:.2f}" for each in found["seconds_alone"])
         turns = ", ".join(f"{each:.2%}" for each in found["of_ideal_by_turns"])
         yield f"  in turns with one rank, ms a step, each on its own: {alone}; of ideal: {turns}"
+        left_out = ", then ".join(f"{name} {1000 * seconds:.2f}" for name, seconds in found["seconds_without"].items())
+        yield f"  and of all without {left_out}"
         for row in found["phases"]:
             rate = row["bytes"] / row["us_alone"] / 1000
             yield (

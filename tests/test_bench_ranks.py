@@ -1,11 +1,14 @@
 """bench/ranks.py: it runs, and its figures follow from each other."""
 
 import json
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
-from bench.rank_exchanges import EXCHANGES
+from bench.rank_exchanges import EXCHANGES, Instead, without
 from bench.ranks import on_one_rank, variants
+from engine.comm.one import OneRank
 from engine.config import RunConfig
 from tests.conftest import ROOT
 from tests.test_ranks import run  # skips this module too, where there is no mpirun
@@ -41,7 +44,8 @@ def test_all_ways_to_share_out_are_there_and_compared_with_one_rank(figures):
         assert fastest <= variant["seconds_ideal"] * WORLD * taken_alone / taken <= slowest
         assert variant["of_ideal"] == pytest.approx(variant["seconds_ideal"] / variant["seconds"])
         assert len(variant["of_ideal_by_turns"]) == 2
-        assert variant["seconds_silent"] > 0
+        assert [*variant["seconds_without"]] == ["gathering", "exchanging", "adding"]
+        assert all(seconds > 0 for seconds in variant["seconds_without"].values())
         assert {*variant["waits"]} == {"parameters", "sums", "loss", "norm"}
         assert all(us > 0 for us in variant["waits"].values())
 
@@ -54,6 +58,38 @@ def test_one_rank_takes_nothing_of_what_ranks_exchange():
     for way in ways.values():
         alone = on_one_rank(way)
         assert alone == RunConfig(B=B, T=T, cuda_graph="off", total_batch=way.total_batch)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "called"),
+    [
+        ((), {"exchange": 1, "all_gather": 1, "sum": 1}),
+        (("all_gather",), {"exchange": 1, "sum": 1}),
+        (("all_gather", "exchange", "sum"), {}),
+    ],
+)
+def test_what_is_left_out_is_left_out_and_comes_back(left_out, called):
+    """Of a rank's sharing out, which notes what it calls."""
+    calls = Counter()
+
+    def noted(name):
+        return lambda *_, **__: calls.update([name])
+
+    comm = Instead(OneRank(), **{name: noted(name) for name in EXCHANGES})
+    ops = SimpleNamespace(reduce=SimpleNamespace(sum_slices=noted("sum")))
+    t = SimpleNamespace(zero=SimpleNamespace(_comm=comm, _ops=ops), ops=ops, replay="usual")
+
+    def share_out():
+        t.zero._comm.exchange(None, None)
+        t.zero._ops.reduce.sum_slices(None, None, add=False)
+        t.zero._comm.all_gather(None)
+        return Counter({name: calls.pop(name) for name in [*calls]})
+
+    with without(t, "own", left_out):
+        assert t.replay == "own"
+        assert share_out() == Counter(called)
+    assert share_out() == {"exchange": 1, "all_gather": 1, "sum": 1}
+    assert t.replay == "usual"
 
 
 def test_every_bucket_s_exchange_is_there(figures):
