@@ -45,7 +45,7 @@ def sustained(dev: ModuleType, contender: cublaslt.Contender, seconds: float) ->
 def compare(
     operation: cublaslt.Operation, times: int, dev: ModuleType, *, thorough: bool, most: int, seconds: float
 ) -> dict[str, Any]:
-    """The algorithms of a multiply, train.py's choice first; times: how often a step makes it."""
+    """The algorithms of a multiply, the one that train.py uses first; times: how often a step makes it."""
     algorithms = []
     for contender in cublaslt.library().contenders(operation, thorough, most):
         took, used = sustained(dev, contender, seconds)
@@ -92,17 +92,17 @@ def main(most: int, seconds: float, json_path: Path | None, **size: Any) -> None
     operations = linear.multiplies(dims, gradient_dtype(run, dev), linear.gelu_fusion, False)
     figures: dict[str, Any] = circumstances("bench/multiplies.py", setting.backend) | {"multiplies": []}
     print("\n".join(told(figures)))
-    print("\n    id tile stages split cluster  us in a race  us under load  millijoules    watts; the first is chosen")
+    print("\n    id tile stages split cluster  us in a race  us under load  millijoules    watts; the first is in use")
     for n, operation in enumerate(operations):
         times = config.L if n < len(operations) - 3 else 1  # the last three are the classifier's
         thorough = run.gemm_search == "full"
         found = compare(operation, times, dev, thorough=thorough, most=most, seconds=seconds)
         figures["multiplies"].append(found)
         print("\n".join(lines(found)), flush=True)
-    chosen = a_step(figures["multiplies"], lambda algorithms: algorithms[0])
+    used = a_step(figures["multiplies"], lambda algorithms: algorithms[0])
     best = a_step(figures["multiplies"], lambda algorithms: min(algorithms, key=lambda each: each["us"]))
-    figures["ms"] = {"chosen": chosen, "fastest under load": best}
-    print(f"\nmultiplies of a step under load: {chosen:.2f} ms as chosen, {best:.2f} ms by the fastest under load")
+    figures["ms"] = {"in use": used, "fastest under load": best}
+    print(f"\nmultiplies of a step under load: {used:.2f} ms by those in use, {best:.2f} by the fastest under load")
     if json_path:
         json_path.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -278,15 +278,15 @@ class Library:
         return {"algo": algorithm.tobytes().hex()} | self._settings(algorithm) | times | {"thorough": thorough}
 
     def contenders(self, op: Operation, thorough: bool, most: int) -> list[Contender]:
-        """For benchmarks: what `fastest` chooses among, the fastest `most` and first of all its choice."""
+        """For benchmarks: of what `fastest` chooses among the fastest `most`, and first of all the one in use."""
         plan = self._describe(op)
         proposals = self._candidates(op, plan)
         algorithms = [*proposals, *(self._variants(op, plan, proposals) if thorough else [])]
         ways = self._ways(op, plan, proposals, algorithms[len(proposals) :])
-        best, medians = race.fastest(ways)
-        order = sorted(
-            (n for n in range(len(ways)) if math.isfinite(medians[n])), key=lambda n: (n != best, medians[n])
-        )
+        _, medians = race.fastest(ways)
+        in_use = self._plan(op).algorithm.tobytes()
+        order = [n for n in range(len(ways)) if math.isfinite(medians[n])]
+        order.sort(key=lambda n: (algorithms[n].tobytes() != in_use, medians[n]))
         return [Contender(self._settings(algorithms[n]), medians[n], ways[n]) for n in order[:most]]
 
     def fastest_by_reduction(self, op: Operation) -> tuple[float, float]:
