@@ -82,15 +82,15 @@ def main(
 ) -> None:
     """Milliseconds of a training step on the CPU, and where they go."""
     config = GPT2Config(maxT=T, V=V, L=L, NH=NH, C=C)
-    inp, targets = np.random.default_rng(0).integers(0, V, (2, B, T)).astype(np.int32)
+    batch = np.random.default_rng(0).integers(0, V, (2, B, T)).astype(np.int32)
     dev, operations = device.load("numpy"), Recorded(ops.load("numpy"), device.load("numpy"))
-    ours = make_step(config, np.stack([inp, targets])[None], dev, operations, recompute=recompute)
+    ours = make_step(config, batch[None], dev, operations, recompute=recompute)
     contenders: dict[str, Callable[[], Any]] = {"backhand": ours}
     if beside_torch:
         # The peer lives with the tests: nothing that is shipped imports PyTorch.
         from tests import torch_gpt2
 
-        contenders[f"PyTorch {torch_gpt2.torch.__version__}"] = torch_gpt2.make_step(config, inp, targets)
+        contenders[f"PyTorch {torch_gpt2.torch.__version__}"] = torch_gpt2.make_step(config, *batch)
 
     rounds: dict[str, list[float]] = {name: [] for name in contenders}
     for step in contenders.values():

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.machine import circumstances, joules, told
 from bench.step import options, set_up
+from engine import device
 from engine.device import cublaslt
 from engine.errors import UsageError, exit_on_user_error
 from engine.memory import gradient_dtype
@@ -81,22 +82,19 @@ def lines(multiply: dict[str, Any]) -> list[str]:
 @exit_on_user_error
 def main(most: int, seconds: float, json_path: Path | None, **size: Any) -> None:
     """The algorithms of a step's multiplies: microseconds in a race and under load, and joules."""
-    if size["device"] == "cpu":
-        raise UsageError("--device cpu: on a CPU there are no algorithms to choose from")
+    if device.choose(size["device"], lambda line: None) != "cuda":
+        raise UsageError("on a CPU there are no algorithms to choose from: --device cuda, where there is a GPU")
     setting = set_up(**size)
     run, config, dev = setting.run, setting.config, setting.dev
-    if setting.backend != "cuda":
-        raise UsageError("there is no GPU here, and on a CPU there are no algorithms to choose from")
     linear = setting.operations.linear
     dims = config.dims() | {"B": run.B, "T": run.T}
     operations = linear.multiplies(dims, gradient_dtype(run, dev), linear.gelu_fusion, False)
     figures: dict[str, Any] = circumstances("bench/multiplies.py", setting.backend) | {"multiplies": []}
     print("\n".join(told(figures)))
     print("\n    id tile stages split cluster  us in a race  us under load  millijoules    watts; the first is in use")
-    for n, operation in enumerate(operations):
-        times = config.L if n < len(operations) - 3 else 1  # the last three are the classifier's
-        thorough = run.gemm_search == "full"
-        found = compare(operation, times, dev, thorough=thorough, most=most, seconds=seconds)
+    for operation in operations:
+        times = 1 if config.Vp in (operation.M, operation.N, operation.K) else config.L
+        found = compare(operation, times, dev, thorough=run.gemm_search == "full", most=most, seconds=seconds)
         figures["multiplies"].append(found)
         print("\n".join(lines(found)), flush=True)
     used = a_step(figures["multiplies"], lambda algorithms: algorithms[0])

@@ -21,7 +21,7 @@ EXCHANGES = ("exchange", "reduce_scatter", "all_gather")
 # One after the other is left out, to see what it costs: gathering (parameters, or with -z 0 gradients), exchanging
 # gradients, and adding them up.
 LEFT_OUT = {"gathering": ("all_gather",), "exchanging": ("exchange", "reduce_scatter"), "adding": ("sum",)}
-FEW = 3  # steps before some that are timed, and those whose exchanges are timed one by one, with marks between them
+FEW = 3  # steps: before those that are timed, and where each exchange is, for the marks between them cost a little
 
 
 class Instead:
@@ -81,14 +81,14 @@ class Steps:
 
     def seconds(self, ranks: Communicator, steps: int) -> float:
         """Of one of so many steps, on this rank; all ranks begin them together."""
+        dev = self.t.device
         self.take(FEW)
-        mark, last = self.t.device.mark, self.t.loss
-        self.t.device.to_host(last)
+        dev.to_host(self.t.loss)  # they are done
         ranks.barrier()
-        began = mark()
+        began = dev.mark()
         self.take(steps)
         self.t.zero.settle()
-        return float(self.t.device.seconds_between(began, mark()) / steps)
+        return float(dev.seconds_between(began, dev.mark()) / steps)
 
 
 @contextmanager
@@ -128,7 +128,9 @@ def seconds_in_turns(alone: Steps, together: Steps, steps: int, turns: int) -> d
 
 
 def cost_of_exchanges(together: Steps) -> dict[str, Any]:
-    """How long each exchange and sum takes, beside computing and alone, and how long computing waits for them."""
+    """How long each exchange and sum takes, beside computing and alone, and how long computing waits for them: of each
+    the least of all ranks, for others have also waited for a rank that came later.
+    """
     t = together.t
     zero: Any = t.zero
     comm, summing, usual = t.comm, t.ops.reduce, t.replay
@@ -143,22 +145,28 @@ def cost_of_exchanges(together: Steps) -> dict[str, Any]:
     t.comm = Instead(comm, gather=waits.function("loss", comm.gather))
     t.replay = eagerly  # a graph would go on with what it has recorded
     together.take(FEW)
-    waited = waits.totals()
+    waited = least(comm, waits.totals())
     del zero.settle
     t.comm, t.model.on_need, t.replay = comm, zero.need, usual
     zero.settle()
     beside = timed.medians()
     exchanges_alone(t)
     zero._comm, zero._ops = comm, t.ops
-    return {"waits": waited, "phases": phases(beside, alone=timed.medians())}
+    return {"waits": waited, "phases": phases(comm, beside, alone=timed.medians())}
 
 
-def phases(beside: Medians, alone: Medians) -> list[dict[str, Any]]:
+def phases(comm: Communicator, beside: Medians, alone: Medians) -> list[dict[str, Any]]:
     """Each kind of exchange and sum, by the bytes that it is of: beside computing, and alone."""
+    us, us_alone = (least(comm, {key: us for key, (_, us) in medians.items()}) for medians in (beside, alone))
     return [
-        {"name": name, "bytes": nbytes, "times": times, "us": us, "us_alone": alone[name, nbytes][1]}
-        for (name, nbytes), (times, us) in sorted(beside.items())
+        {"name": name, "bytes": nbytes, "times": times, "us": us[name, nbytes], "us_alone": us_alone[name, nbytes]}
+        for (name, nbytes), (times, _) in sorted(beside.items())
     ]
+
+
+def least(comm: Communicator, figures: dict[Any, float]) -> dict[Any, float]:
+    """The least of all ranks, who all have these figures, in this order."""
+    return dict(zip(figures, comm.gather(np.array([*figures.values()])).min(axis=0).tolist(), strict=True))
 
 
 def exchanges_alone(t: Training) -> None:

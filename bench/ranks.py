@@ -2,9 +2,10 @@
 
 For each way to share out (-z, --reduce, --carrier, --lanes), in turns on the same machine, the step's time of one rank
 alone, of all, and of all without exchanges, one kind after the other: by what it is less, they are not hidden. Then how
-long each exchange and sum takes, on whatever stream it runs, beside computing and without it, how long computing waits
-for them, and each rank's memory: what the tables say, what there is, and what NCCL takes. Last, the losses of 1, 2, 4,
-... ranks on the same global batches, in one picture.
+long each exchange and sum takes, on whatever stream it runs, beside computing and without it, and how long computing
+waits for them (the least of all ranks: others wait for one that is late, too), and each rank's memory: what the tables
+say, what there is, and what NCCL takes. Last, the losses of 1, 2, 4, ... ranks on the same global batches, in one
+picture.
 
 Tokens are random, and the updates are real ones, if small. All that is timed is train.py's own step. NCCL takes its
 variables (NCCL_MAX_CTAS, ...) from the environment, and they are written down.
@@ -63,34 +64,19 @@ def measure(
     All ranks take those at once, each for itself: no GPU is as fast as another.
     """
     operations = ops.load("cuda" if dev.WORKS_ALONE else "numpy")
-    require_memory(run, config, dev, operations, comm.world)
     batches, of_one = random_batches(run, config, seed=comm.rank), on_one_rank(run)
+    require_memory(of_one, config, dev, operations, 1)
     alone = Steps(make_training(of_one, OneRank(), config, dev, operations, cycle(batches)))
-    alone.take(warm_up)
+    require_memory(run, config, dev, operations, comm.world)  # beside that
     free = dev.available_bytes()
     t = make_training(run, comm, config, dev, operations, cycle(batches))
     taken = free - dev.available_bytes()
+    alone.take(warm_up)
     together = Steps(t)
     together.take(FEW)
     loss = float(dev.to_host(t.loss))
-    each = seconds_in_turns(alone, together, steps, turns)
-    # A step is over when it is over on all ranks; of ranks on their own the rates add up.
-    slowest = {name: seconds.max(axis=0) for name, seconds in each.items()}
-    share = run.samples_per_step(comm.world) / (comm.world * of_one.samples_per_step(1))
-
-    def ideal(seconds_of_each: np.ndarray) -> np.ndarray:
-        return share * comm.world / (1 / seconds_of_each).sum(axis=0)
-
-    own = each["alone"].mean(axis=1)
-    seconds = float(slowest["together"].mean())
     found = {
-        "seconds": seconds,
-        "seconds_ideal": float(ideal(own)),
-        "seconds_alone": own.tolist(),
-        "tokens_per_second": run.samples_per_step(comm.world) * run.T / seconds,
-        "of_ideal": float(ideal(own)) / seconds,
-        "of_ideal_by_turns": (ideal(each["alone"]) / slowest["together"]).tolist(),
-        "seconds_without": {name: float(slowest[name].mean()) for name in LEFT_OUT},
+        **speed(run, of_one, comm.world, seconds_in_turns(alone, together, steps, turns)),
         "loss": loss,
         **cost_of_exchanges(together),
         "memory": memory_by_class(run, config, dev, operations, comm.world),
@@ -102,6 +88,28 @@ def measure(
     del t, together, alone
     release(dev)
     return found
+
+
+def speed(run: RunConfig, of_one: RunConfig, world: int, each: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What follows from the seconds of steps, by seconds_in_turns. Ideal: as if the ranks on their own shared out their
+    work as they are fast.
+    """
+    slowest = {name: seconds.max(axis=0) for name, seconds in each.items()}  # a step is over when it is on all ranks
+    samples, of_each = run.samples_per_step(world), of_one.samples_per_step(1)
+
+    def ideal(seconds_of_each: np.ndarray) -> np.ndarray:
+        return samples / (of_each / seconds_of_each).sum(axis=0)
+
+    alone, seconds = each["alone"].mean(axis=1), float(slowest["together"].mean())
+    return {
+        "seconds": seconds,
+        "seconds_ideal": float(ideal(alone)),
+        "seconds_alone": alone.tolist(),
+        "tokens_per_second": samples * run.T / seconds,
+        "of_ideal": float(ideal(alone)) / seconds,
+        "of_ideal_by_turns": (ideal(each["alone"]) / slowest["together"]).tolist(),
+        "seconds_without": {name: float(slowest[name].mean()) for name in LEFT_OUT},
+    }
 
 
 def free_before_nccl(comm: Communicator) -> int:
@@ -192,7 +200,7 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
                 f"{row['us']:12.1f} us each,{row['us_alone']:9.1f} us alone ({rate:.1f} GB/s)"
             )
         waits = ", ".join(f"{what} {us:.0f}" for what, us in found["waits"].items())
-        yield f"  computing waits for them, us a step: {waits}"
+        yield f"  computing waits for them, us a step, where it waits least: {waits}"
         classes = ", ".join(f"{kind} {nbytes / 2**20:,.1f}" for kind, nbytes in found["memory"].items() if nbytes)
         arrays = " and ".join(f"{kind} {nbytes / 2**20:,.1f}" for kind, nbytes in found["held"].items())
         measured = f"; taken {found['taken'] / 2**20:,.1f}" if found["taken"] is not None else ""

@@ -25,8 +25,8 @@ from engine.watchdog import Watchdog
 
 Array = Any
 
-# What is multiplied costs power, and so time: up to 2 % more after 200 steps at 3e-4 than at first, and a batch that is
-# known by heart is no batch any more. So peers are to be given as many, at this rate.
+# What is multiplied costs power, and so time: 2 % more after 200 steps at 3e-4 than at first (bench/LOG.md). So peers
+# are to be given this rate and as many batches, not one that is soon known by heart.
 LEARNING_RATE, BATCHES = 1e-4, 8
 
 # Arguments that are both read and written, by position or keyword. The gradients of parameters are not: a step of one

@@ -4,10 +4,11 @@ import json
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from bench.rank_exchanges import EXCHANGES, Instead, without
-from bench.ranks import on_one_rank, variants
+from bench.rank_exchanges import EXCHANGES, LEFT_OUT, Instead, least, without
+from bench.ranks import on_one_rank, speed, variants
 from engine.comm.one import OneRank
 from engine.config import RunConfig
 from tests.conftest import ROOT
@@ -58,6 +59,25 @@ def test_one_rank_takes_nothing_of_what_ranks_exchange():
     for way in ways.values():
         alone = on_one_rank(way)
         assert alone == RunConfig(B=B, T=T, cuda_graph="off", total_batch=way.total_batch)
+
+
+@pytest.mark.parametrize(("total_batch", "ideal"), [(-1, 4 / 3), (4 * B * T, 2 / 3)])
+def test_ideal_is_that_each_rank_works_as_fast_as_it_does_alone(total_batch, ideal):
+    """Two ranks that take 1 and 2 s for a step do 3/4 of two such steps each second, or 3/2 of one that they share."""
+    run = RunConfig(B=B, T=T, total_batch=total_batch)
+    seconds = {"alone": [[0.9, 1.1], [2.0, 2.0]], "together": [[2.0, 1.0], [1.0, 2.0]]}
+    each = {name: np.array(seconds.get(name, [[1.0, 1.0], [1.5, 0.5]])) for name in (*seconds, *LEFT_OUT)}
+    found = speed(run, on_one_rank(run), 2, each)
+    assert found["seconds_alone"] == pytest.approx([1.0, 2.0])
+    assert found["seconds"] == 2.0  # whichever rank it was that took so long
+    assert found["seconds_ideal"] == pytest.approx(ideal)
+    assert found["of_ideal"] == pytest.approx(ideal / 2)
+    assert found["seconds_without"] == dict.fromkeys(LEFT_OUT, 1.25)
+
+
+def test_of_waits_the_least_of_all_ranks_counts():
+    comm = SimpleNamespace(gather=lambda values: np.array([values, values[::-1]]))
+    assert least(comm, {"norm": 1.0, "sums": 3.0, "loss": 2.0}) == {"norm": 1.0, "sums": 3.0, "loss": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ class Library:
         plan = self._describe(op)
         proposals = self._candidates(op, plan)
         variants = self._variants(op, plan, proposals) if thorough else []
-        best, medians = self._race(op, plan, proposals, variants)
+        best, medians = race.fastest(self._ways(op, plan, proposals, variants))
         algorithm = [*proposals, *variants][best]
         times = {"us": round(medians[best] * 1e6, 1), "first_us": round(medians[0] * 1e6, 1)}
         return {"algo": algorithm.tobytes().hex()} | self._settings(algorithm) | times | {"thorough": thorough}
@@ -281,13 +281,17 @@ class Library:
         """For benchmarks: of what `fastest` chooses among the fastest `most`, and first of all the one in use."""
         plan = self._describe(op)
         proposals = self._candidates(op, plan)
-        algorithms = [*proposals, *(self._variants(op, plan, proposals) if thorough else [])]
-        ways = self._ways(op, plan, proposals, algorithms[len(proposals) :])
+        variants = self._variants(op, plan, proposals) if thorough else []
+        ways = self._ways(op, plan, proposals, variants)
         _, medians = race.fastest(ways)
         in_use = self._plan(op).algorithm.tobytes()
-        order = [n for n in range(len(ways)) if math.isfinite(medians[n])]
-        order.sort(key=lambda n: (algorithms[n].tobytes() != in_use, medians[n]))
-        return [Contender(self._settings(algorithms[n]), medians[n], ways[n]) for n in order[:most]]
+        found = [
+            (algorithm.tobytes() != in_use, Contender(self._settings(algorithm), seconds, way))
+            for algorithm, seconds, way in zip([*proposals, *variants], medians, ways, strict=True)
+            if math.isfinite(seconds)
+        ]
+        found.sort(key=lambda each: (each[0], each[1].seconds))
+        return [contender for _, contender in found[:most]]
 
     def fastest_by_reduction(self, op: Operation) -> tuple[float, float]:
         """For benchmarks: microseconds of its fastest algorithm among those that are taken here, and among all, those
@@ -297,21 +301,15 @@ class Library:
         taken = self._candidates(op, plan)
         known = {candidate.tobytes() for candidate in taken}
         others = [each for each in self._candidates(op, plan, "MASK") if each.tobytes() not in known]
-        _, medians = self._race(op, plan, [*taken, *others])
+        _, medians = race.fastest(self._ways(op, plan, [*taken, *others]))
         return min(medians[: len(taken)]) * 1e6, min(medians) * 1e6
 
-    def _race(
-        self, op: Operation, plan: Plan, proposals: Sequence[Any], variants: Sequence[Any] = ()
-    ) -> tuple[int, list[float]]:
-        """Of these algorithms, as `race.fastest`; the first, which cublasLt estimates to be the fastest, wins ties. A
-        variant that fails loses.
-        """
-        return race.fastest(self._ways(op, plan, proposals, variants))
-
     def _ways(
-        self, op: Operation, plan: Plan, proposals: Sequence[Any], variants: Sequence[Any]
+        self, op: Operation, plan: Plan, proposals: Sequence[Any], variants: Sequence[Any] = ()
     ) -> list[Callable[[], None]]:
-        """To do the same multiply, of noise, by each of them."""
+        """For a race, the same multiply of noise by each algorithm: the first, which cublasLt estimates to be the
+        fastest, wins ties there; a variant that fails loses.
+        """
         operands = (
             race.noise((op.M, op.N), op.dtype),
             race.noise((op.M * op.K,), BF16),
