@@ -23,7 +23,7 @@ from engine.models import gpt2
 from engine.optimizer import AdamW
 from engine.shards import Shard
 from engine.watchdog import Watchdog
-from engine.zero import Zero
+from engine.zero import LATE_TOKENS, Zero
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -226,7 +226,11 @@ def assemble(
         lanes=run.lanes_per_rank(comm.world),
         shares=run.lanes or comm.world,
     )
-    zero = Zero(*(comm, model.params, model.lanes, run.zero_stage, operations, dev), by_library=run.reduce == "nccl")
+    zero = Zero(
+        *(comm, model.params, model.lanes, run.zero_stage, operations, dev),
+        by_library=run.reduce == "nccl",
+        late=run.B * run.T >= LATE_TOKENS and comm.local_world == comm.world,
+    )
     model.on_need = zero.need
     return model, zero, AdamW(model.params, gpt2.decayed(config), zero, run, operations, dev)
 

@@ -4,7 +4,8 @@ the stand-ins. Rank 0 writes losses, norms, parameters, masters and moments to t
     rank_nccl.py TARGET CARRIER SABOTAGE OPTIONS
 
 CARRIER: nccl or copies, as it is on GPUs; or mpi, whose collectives are done when they return. SABOTAGE: a method of
-NCCLRanks, or Copies, that does nothing, or "". OPTIONS: of RunConfig, in JSON.
+NCCLRanks, or Copies, that does nothing, or "". OPTIONS: of RunConfig, in JSON, and "late", from how many tokens a
+micro-batch's gradients are exchanged late.
 """
 
 import json
@@ -29,8 +30,10 @@ with ending_together(comm), several_gpus(target.parent) as gpu:
     Runtime.seconds = 0.002 * comm.rank * (carrier == "copies")  # so that ranks do not keep pace by chance
     if sabotage:
         setattr(copies.Copies if carrier == "copies" else nccl.NCCLRanks, sabotage, lambda *_: None)
+    training.LATE_TOKENS = options.pop("late", training.LATE_TOKENS)
     run = RunConfig(**options, carrier="copies" if carrier == "copies" else "nccl")
     t = training.build(run, comm, lambda line: None)
+    copies.Copies.share = None  # that ranks do together, so not where a step or a checkpoint finds something new
     results = {}
     for step in range(t.start, t.steps):
         train.train_step(t, step)

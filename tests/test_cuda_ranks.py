@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from engine.zero import LATE_TOKENS
 from tests.conftest import ROOT, TIMEOUT, TRAIN, Run, data, finish, write_shards
 from tests.test_cuda_train import assert_same_checkpoint, checkpoint, losses, records
 from tests.test_ranks import (  # skips this module too, where there is no mpirun
@@ -28,6 +29,7 @@ CONSTANT = ("-k", "constant", "-n", 4)
 REDUCE = ("owner", "nccl")
 VARIANTS = {"bf16": (), "fp32": ("--grad-dtype", "fp32"), "-w 0": ("-w", 0), "nccl": ("--reduce", "nccl")}
 VARIANTS |= {"copies": ("--carrier", "copies")}
+LATE = {"0": ("-z", 0), "1": ("-z", 1), "copies": ("-z", 1, "--carrier", "copies"), "2": ("-z", 2)}
 STAGES = {"a": 0, "b": 1, "c": 1, "d": 2, "e": 2}
 
 
@@ -42,7 +44,7 @@ def gpus():
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    sizes = {"train_000000.bin": 30001, "val_000000.bin": 2001}
+    sizes = {"train_000000.bin": 70001, "val_000000.bin": 2001}
     return data(write_shards(tmp_path_factory.mktemp("data") / "shards", sizes))
 
 
@@ -79,6 +81,8 @@ def two(train_all):
             runs[f"{variant} {name}"] = ("-b", 4, *options, "-x", 12, "-n", 12, "-v", 3, "-z", stage)
     runs |= {f"accumulated {name}": ("-b", 1, "-x", 12, "-n", 12, "-z", 2) for name in "ab"}
     runs |= {f"lanes {B} 2": ("-b", B, "--lanes", 4, "-x", 12, "-n", 12, "-z", 1) for B in (2, 1)}
+    for name, options in LATE.items():
+        runs[f"late {name}"] = ("-b", LATE_TOKENS // 64, "-d", 2 * LATE_TOKENS, *options, "-x", 12, "-n", 12)
     runs |= {name: ("-b", 4, *CONSTANT, "-x", x, "-z", 1) for name, x in (("whole", 12), ("parts", 4))}
     train_all(2, runs)
 
@@ -143,6 +147,12 @@ def test_all_stages_and_every_repetition_give_the_same_bits(two, out, variant):
 
 def test_copies_carry_what_nccl_carries(two, out):
     assert_same_run(out / "bf16 a", out / "copies a")
+
+
+def test_gradients_that_travel_late_are_the_same(two, out):
+    """In stage 2 they do not travel late."""
+    for name in LATE:
+        assert_same_run(out / "late 2", out / f"late {name}")
 
 
 def test_with_accumulation_every_repetition_gives_the_same_bits(one, two, out):

@@ -83,6 +83,14 @@ def test_copies_without_a_meeting_are_seen(rank_nccl, tmp_path):
             assert not np.array_equal(found["1.loss"], expected["1.loss"])
 
 
+@pytest.mark.parametrize("options", [{"zero_stage": 0}, {"zero_stage": 1, "reduce": "nccl"}, {"lanes": 4}])
+@pytest.mark.parametrize("carrier", ["nccl", "copies"])
+def test_gradients_that_travel_late_are_the_same(rank_nccl, carrier, options):
+    """With two micro-batches a rank."""
+    options = {"zero_stage": 1, "total_batch": 64} | options
+    assert_same(rank_nccl(2, carrier, **options, late=0), rank_nccl(2, carrier, **options))
+
+
 def test_copies_of_lanes(rank_nccl):
     options = {"zero_stage": 1, "lanes": 4, "total_batch": 128}
     assert_same(rank_nccl(2, "copies", **options), rank_nccl(2, **options))
@@ -117,12 +125,14 @@ def test_a_wait_that_is_missing_is_seen(rank_nccl, sabotage, stage):
     assert "AssertionError: race: " in result.err
 
 
-def test_a_checkpoint_goes_on_with_another_number_of_gpus(rank_nccl, tmp_path):
+@pytest.mark.parametrize("carrier", ["nccl", "copies"])
+def test_a_checkpoint_goes_on_with_another_number_of_gpus(rank_nccl, tmp_path, carrier):
+    """What is gathered for it lies in memory that is not shared, at other places of each rank."""
     saving = {"out_dir": str(tmp_path / "run"), "checkpoint_every": 2, "zero_stage": 1, "total_batch": 96}
     Path(saving["out_dir"]).mkdir()
     whole = rank_nccl(2, zero_stage=1, total_batch=96)
-    rank_nccl(2, **saving)
-    restored = rank_nccl(3, **saving, resume=True)
+    rank_nccl(2, carrier, **saving)
+    restored = rank_nccl(3, carrier, **saving, resume=True)
     for name in restored.keys() - {"beside"}:
         np.testing.assert_array_equal(restored[name], whole[name], err_msg=name)
 

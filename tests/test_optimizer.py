@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engine import device, ops
+from engine import device, ops, training
 from engine.arena import Arena, Tensor
 from engine.comm.one import OneRank
 from engine.config import GPT2Config, RunConfig
@@ -276,3 +276,34 @@ def test_the_squares_are_added_up_in_one_order_whoever_has_them(stage):
     assert len(set(one)) == lanes * (config.L + 1)
     for world in (2, 4):
         np.testing.assert_array_equal(addends(world), one)
+
+
+@pytest.mark.parametrize(("late", "exchanged"), [(False, [*range(1, 14)]), (True, [*[0] * 9, 10, 11, 12, 13])])
+def test_late_gradients_travel_once_a_quarter_is_missing(late, exchanged):
+    params = Arena(parameter_tensors(GPT2Config(L=12, C=4, NH=1, V=16, maxT=4), np.float32), NUMPY.zeros)
+    zero = Zero(OneRank(), params, [params], 1, OPS, NUMPY, late=late)
+    seen = []
+    zero.reduce = seen.append
+    for _ in range(2):  # steps
+        seen.clear()
+        zero.when_ready(first=True, last=False)(12)
+        ready, counts = zero.when_ready(first=False, last=True), []
+        for bucket in reversed(range(13)):
+            ready(bucket)
+            counts.append(len(seen))
+        assert counts == exchanged
+        assert seen == [*reversed(range(13))]
+
+
+@pytest.mark.parametrize(
+    ("B", "on_this_machine", "late"), [(1024, 2, True), (1023, 2, False), (1024, 1, False)], ids=str
+)
+def test_gradients_travel_late_where_micro_batches_are_large_and_links_are_fast(B, on_this_machine, late, monkeypatch):
+    """Two ranks, sequences of 16 tokens."""
+    seen = []
+    monkeypatch.setattr(training, "Zero", lambda *args, late, **options: seen.append(late) or Zero(*args, **options))
+    comm = OneRank()
+    comm.world, comm.local_world = 2, on_this_machine
+    config = GPT2Config(L=1, C=4, NH=1, V=16, maxT=16)
+    training.assemble(RunConfig(B=B, T=16, zero_stage=1), comm, config, NUMPY, OPS)
+    assert seen == [late]

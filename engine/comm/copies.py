@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,10 +24,17 @@ EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 HANDLE = 64  # bytes
 
 
-class Copies:
-    """Exchanges on one stream, in the order in which they are called, which is the same on all ranks of `control`.
+class Shared(NamedTuple):
+    """An array that the others may write to."""
 
-    The first time that an array takes part all ranks must call together: they tell each other where it lies.
+    begin: int  # its addresses
+    end: int
+    everyones: list[int]  # where every rank's begins, in this rank's addresses
+
+
+class Copies:
+    """Exchanges on one stream, in the order in which they are called, which is the same on all ranks of `control`: of
+    what lies in arrays that all of them have shared.
     """
 
     def __init__(self, control: Communicator, stream: Any):
@@ -39,7 +46,7 @@ class Copies:
         self._cupy, self._control, self._stream = cupy, control, stream
         self._rank, self._world = control.rank, control.world
         self._opened: dict[tuple[int, bytes], int] = {}  # (peer, handle) -> where its memory lies here
-        self._theirs: dict[tuple[int, int], list[int]] = {}  # (address, bytes) -> where the peers' arrays lie here
+        self._shared: list[Shared] = []
         self._told = cupy.zeros((2, self._world), np.uint32)  # whether each peer has told READY, and DONE
         cupy.cuda.get_current_stream().synchronize()  # zeros are there before a peer writes
         try:
@@ -50,30 +57,41 @@ class Copies:
                 "--carrier nccl"
             ) from error
 
+    def share(self, array: Array) -> None:
+        """The others may write to it from now on. All ranks call this together, with arrays of one size, which live
+        until `forget`: what takes its place later would be written to.
+        """
+        begin = address_of(array)
+        self._shared.append(Shared(begin, begin + array.nbytes, self._open(array)))
+
+    def is_shared(self, array: Array) -> bool:
+        """Whether it lies in an array that has been shared: on all ranks or on none, if it is the same of each."""
+        return self._find(array) is not None
+
     def exchange(self, out: Array, inp: Array) -> None:
-        """out (world, n) = what every rank has for this one: its inp (world, n) in this rank's row."""
-        theirs, row = self._find(out), out[0].nbytes
+        """out (world, n), shared, = what every rank has for this one: its inp (world, n) in this rank's row."""
+        theirs, row = self._everyones(out), out[0].nbytes
         with self._meeting():
             for peer in self._peers():
                 self._copy(theirs[peer] + self._rank * row, address_of(inp[peer]), row)
             self._copy(address_of(out[self._rank]), address_of(inp[self._rank]), row)
 
     def all_gather(self, buffer: Array) -> None:
-        """buffer (world * n) holds, in each rank's n elements, what that rank has there."""
-        theirs, part = self._find(buffer), buffer.nbytes // self._world
+        """buffer (world * n), shared, holds, in each rank's n elements, what that rank has there."""
+        theirs, part = self._everyones(buffer), buffer.nbytes // self._world
         with self._meeting():
             for peer in self._peers():
                 self._copy(theirs[peer] + self._rank * part, address_of(buffer) + self._rank * part, part)
 
     def forget(self) -> None:
-        """Lets go of the others' memory, before they give it back. All ranks call this together, with nothing under
-        way. What takes part later is looked for anew.
+        """Nothing is shared any more; lets go of the others' memory, before they give it back. All ranks call this
+        together, with nothing under way.
         """
         self._control.barrier()
         for address in self._opened.values():
             self._cupy.cuda.runtime.ipcCloseMemHandle(address)
         self._opened.clear()
-        self._theirs.clear()
+        self._shared.clear()
         self._control.barrier()
         self._told_there = self._open(self._told)
 
@@ -112,11 +130,15 @@ class Copies:
         runtime = self._cupy.cuda.runtime
         runtime.memcpyAsync(to, what, nbytes, runtime.memcpyDefault, self._stream.ptr)
 
-    def _find(self, array: Array) -> list[int]:
-        key = address_of(array), array.nbytes
-        if key not in self._theirs:
-            self._theirs[key] = self._open(array)
-        return self._theirs[key]
+    def _find(self, array: Array) -> Shared | None:
+        """The shared array that it lies in."""
+        return next((each for each in self._shared if each.begin <= address_of(array) < each.end), None)
+
+    def _everyones(self, array: Array) -> list[int]:
+        """Where every rank's array lies in this rank's addresses."""
+        shared = self._find(array)
+        assert shared, "not in a shared array"
+        return [address + address_of(array) - shared.begin for address in shared.everyones]
 
     def _open(self, array: Array) -> list[int]:
         """Where every rank's array lies in this rank's addresses."""

@@ -27,8 +27,8 @@ class NCCLRanks:
     """
 
     def __init__(self, control: Communicator, unique_id: bytes, carrier: str = "nccl"):
-        """unique_id: rank 0's, as `new_id` gives it. carrier: of what is exchanged and gathered in place, "nccl", or
-        "copies" without it. All ranks call this together. UsageError if they can't connect.
+        """unique_id: rank 0's, as `new_id` gives it. carrier: of what is exchanged and gathered in shared arrays,
+        "nccl", or "copies" without it. All ranks call this together. UsageError if they can't connect.
         """
         import cupy
 
@@ -54,11 +54,16 @@ class NCCLRanks:
         self._gathered: dict[tuple[int, int], Array] = {}
         self._copies = Copies(control, self._stream) if carrier == "copies" else None
 
+    def share(self, array: Array) -> None:
+        self._check(array)
+        if self._copies and array.size:
+            self._copies.share(array)
+
     def exchange(self, out: Array, inp: Array) -> None:
         self._check(out, inp)
         count, code = inp.size // self.world, self._dtypes[inp.dtype]
         with self._in_order():
-            if self._copies:
+            if self._copies and self._copies.is_shared(out):
                 self._copies.exchange(out, inp)
                 return
             # NCCL would take as many multiprocessors for what stays here as for what a peer gets.
@@ -82,7 +87,7 @@ class NCCLRanks:
         self._check(buffer)
         count = buffer.size // self.world
         own = buffer[self.rank * count :][:count]
-        if self._copies:
+        if self._copies and self._copies.is_shared(buffer):
             with self._in_order():
                 self._copies.all_gather(buffer)
         else:
