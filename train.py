@@ -71,7 +71,9 @@ def build_and_train(run: RunConfig, comm: Communicator) -> int:
     if t.out_dir and comm.rank == 0:
         training.write_config(t.out_dir, t.identity)
     try:
-        return train(t, log)
+        code = train(t, log)
+        t.comm.close()
+        return code
     finally:
         t.forget_recorded()
         log.close()

@@ -84,7 +84,7 @@ def measure(
         "taken": taken if dev.WORKS_ALONE else None,  # on CPUs other programs take some too
     }
     if run.carrier == "copies":
-        comm.forget()  # type: ignore[attr-defined]  # before the memory that others have opened is given back
+        comm.close()
     del t, together, alone
     release(dev)
     return found

@@ -137,11 +137,16 @@ class Pool:
 
 
 class Runtime(SimpleNamespace):
-    """Of CUDA's: memory of one process opened by another. A handle names a rank."""
+    """Of CUDA's: memory of one process opened by another. A handle names a rank. Opened once until it is closed: CUDA
+    refuses what is still opened, if its owner has given it back meanwhile.
+    """
 
     CUDARuntimeError = RuntimeError
     memcpyDefault = 4
     seconds = 0.0  # that a copy takes
+
+    def __init__(self, **names: Any):
+        super().__init__(opened=set(), **names)
 
     def ipcGetMemHandle(self, base: int) -> bytes:
         assert base == self.pool.base(self.pool.rank), "not where an allocation begins"
@@ -150,10 +155,14 @@ class Runtime(SimpleNamespace):
     def ipcOpenMemHandle(self, handle: bytes) -> int:
         assert handle == handle[:1] * 64
         assert handle[0] != self.pool.rank, "a process cannot open its own memory"
-        return self.pool.base(handle[0])
+        address = self.pool.base(handle[0])
+        if address in self.opened:
+            raise self.CUDARuntimeError("resource already mapped")
+        self.opened.add(address)
+        return address
 
     def ipcCloseMemHandle(self, address: int) -> None:
-        pass
+        self.opened.remove(address)
 
     def memcpyAsync(self, to: int, what: int, nbytes: int, kind: int, stream: int) -> None:
         assert kind == self.memcpyDefault

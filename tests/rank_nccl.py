@@ -5,7 +5,7 @@ the stand-ins. Rank 0 writes losses, norms, parameters, masters and moments to t
 
 CARRIER: nccl or copies, as it is on GPUs; or mpi, whose collectives are done when they return. SABOTAGE: a method of
 NCCLRanks, or Copies, that does nothing, or "". OPTIONS: of RunConfig, in JSON, and "late", from how many tokens a
-micro-batch's gradients are exchanged late.
+micro-batch's gradients are exchanged late, and "again": the steps of such a run come before.
 """
 
 import json
@@ -31,7 +31,12 @@ with ending_together(comm), several_gpus(target.parent) as gpu:
     if sabotage:
         setattr(copies.Copies if carrier == "copies" else nccl.NCCLRanks, sabotage, lambda *_: None)
     training.LATE_TOKENS = options.pop("late", training.LATE_TOKENS)
+    again = options.pop("again", False)
     run = RunConfig(**options, carrier="copies" if carrier == "copies" else "nccl")
+    if again:
+        training.plan = lambda t: "what a GPU is, nobody knows here"
+        train.train = lambda t, log: [train.train_step(t, step) for step in range(t.steps)] and 0
+        assert train.build_and_train(run, comm) == 0
     t = training.build(run, comm, lambda line: None)
     copies.Copies.share = None  # that ranks do together, so not where a step or a checkpoint finds something new
     results = {}

@@ -73,6 +73,10 @@ def test_copies_carry_what_nccl_carries(rank_nccl, stage, world):
     assert_same(rank_nccl(world, "copies", **options), rank_nccl(world, **options))
 
 
+def test_a_run_opens_what_a_run_before_has_closed(rank_nccl):
+    assert_same(rank_nccl(2, "copies", zero_stage=1, again=True), rank_nccl(2, "copies", zero_stage=1))
+
+
 def test_copies_without_a_meeting_are_seen(rank_nccl, tmp_path):
     """So the stand-in's ranks do run beside each other."""
     options = {"zero_stage": 1, "total_batch": 64}

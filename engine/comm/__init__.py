@@ -5,7 +5,8 @@ What a communicator offers, each a collective that all ranks call in the same or
     rank, world               this one's number, and how many there are
     local_rank, local_world   the same among those on this machine
     share(array)              what will be exchanged and gathered again and again lies in such an array, which is of one
-                              size on all ranks and lives as long as the communicator
+                              size on all ranks and lives until all call close
+    close()                   nothing is exchanged any more, and arrays may go
     exchange(out, inp)        out (world, n) = what every rank has for this one: its inp (world, n) in this rank's row
     reduce_scatter(buffer)    buffer (world * n): this rank's n elements become the sum of all ranks' there
     all_gather(buffer)        buffer (world * n) holds, in each rank's n elements, what that rank has there
@@ -48,6 +49,7 @@ class Communicator(Protocol):
     local_world: int
 
     def share(self, array: Any) -> None: ...
+    def close(self) -> None: ...
     def exchange(self, out: Any, inp: Any) -> None: ...
     def reduce_scatter(self, buffer: Any) -> None: ...
     def all_gather(self, buffer: Any) -> None: ...

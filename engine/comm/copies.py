@@ -59,7 +59,7 @@ class Copies:
 
     def share(self, array: Array) -> None:
         """The others may write to it from now on. All ranks call this together, with arrays of one size, which live
-        until `forget`: what takes its place later would be written to.
+        until `close`: what takes its place later would be written to.
         """
         begin = address_of(array)
         self._shared.append(Shared(begin, begin + array.nbytes, self._open(array)))
@@ -83,9 +83,9 @@ class Copies:
             for peer in self._peers():
                 self._copy(theirs[peer] + self._rank * part, address_of(buffer) + self._rank * part, part)
 
-    def forget(self) -> None:
-        """Nothing is shared any more; lets go of the others' memory, before they give it back. All ranks call this
-        together, with nothing under way.
+    def close(self) -> None:
+        """Lets go of the others' memory, before they give it back: a new array in its place could not be reached. All
+        ranks call this together, with nothing under way.
         """
         self._control.barrier()
         for address in self._opened.values():
@@ -93,7 +93,6 @@ class Copies:
         self._opened.clear()
         self._shared.clear()
         self._control.barrier()
-        self._told_there = self._open(self._told)
 
     def _peers(self) -> Iterator[int]:
         """The next one first: so no two ranks write to the same at a time."""

@@ -104,11 +104,11 @@ class NCCLRanks:
         self._all_gather(values, self._gathered[key])
         return self._gathered[key]
 
-    def forget(self) -> None:
-        """No array that has taken part lives on. All ranks call this together, with nothing under way."""
+    def close(self) -> None:
+        self._stream.synchronize()
         self._gathered.clear()
         if self._copies:
-            self._copies.forget()
+            self._copies.close()
 
     def barrier(self) -> None:
         self._control.barrier()

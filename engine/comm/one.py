@@ -14,6 +14,9 @@ class InOrder:
     def share(self, array: Any) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         yield
