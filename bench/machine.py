@@ -1,7 +1,5 @@
 """What a benchmark ran on: the processor, the versions, the clock and the watts."""
 
-import ctypes
-import math
 import os
 import platform
 import shlex
@@ -85,23 +83,6 @@ def watched_gpu(device: str) -> Iterator[dict[str, float]]:
                 "peak_mib": round(float(table[:, 2].max())),
                 "samples": len(busy),
             }
-
-
-def joules() -> float:
-    """What the current GPU has used so far, by NVML, which counts anew some ten times a second; NaN where it does not
-    tell.
-    """
-    import cupy
-
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return math.nan
-    gpu, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
-    nvml.nvmlInit_v2()
-    nvml.nvmlDeviceGetHandleByPciBusId_v2(cupy.cuda.Device().pci_bus_id.encode(), ctypes.byref(gpu))
-    error = nvml.nvmlDeviceGetTotalEnergyConsumption(gpu, ctypes.byref(millijoules))
-    return math.nan if error else millijoules.value / 1000
 
 
 def number(field: str) -> float:

@@ -1,4 +1,4 @@
-"""Which algorithm of a multiply is the fastest, and which costs least: `python bench/multiplies.py -e d12 -b 8`.
+"""Which algorithm of a multiply is the fastest under load: `python bench/multiplies.py -e d12 -b 8`.
 
 train.py races algorithms by turns, each with a cold cache, at one clock for all. In a step a GPU is at its limit of
 power, which sets the clock: there the algorithm that takes the fewest joules may be the fastest. So for each multiply
@@ -17,7 +17,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench.machine import circumstances, joules, told
+from bench.machine import circumstances, told
 from bench.step import options, set_up
 from engine import device
 from engine.device import cublaslt
@@ -27,11 +27,11 @@ from engine.memory import gradient_dtype
 BATCH = 0.02  # seconds of calls that the host is ahead
 
 
-def sustained(dev: ModuleType, contender: cublaslt.Contender, seconds: float) -> tuple[float, float]:
-    """(seconds, joules) of a call, among so many seconds of nothing else, after as many."""
+def sustained(dev: ModuleType, contender: cublaslt.Contender, seconds: float) -> float:
+    """Seconds of a call, among so many seconds of nothing else, after as many."""
     calls = max(1, round(BATCH / max(contender.seconds, 1e-6)))
     for _ in range(2):
-        began, before, until = dev.mark(), joules(), time.monotonic() + seconds
+        began, until = dev.mark(), time.monotonic() + seconds
         marks: list[Any] = []
         while not marks or time.monotonic() < until:
             for _ in range(calls):
@@ -39,8 +39,7 @@ def sustained(dev: ModuleType, contender: cublaslt.Contender, seconds: float) ->
             marks.append(dev.mark())
             dev.seconds_between(began, marks[max(0, len(marks) - 2)])  # waits for the batch before
         took = dev.seconds_between(began, marks[-1])
-        used = joules() - before
-    return took / (calls * len(marks)), used / (calls * len(marks))
+    return float(took / (calls * len(marks)))
 
 
 def compare(
@@ -49,10 +48,8 @@ def compare(
     """The algorithms of a multiply, the one that train.py uses first; times: how often a step makes it."""
     algorithms = []
     for contender in cublaslt.library().contenders(operation, thorough, most):
-        took, used = sustained(dev, contender, seconds)
-        algorithms.append(
-            contender.settings | {"us_raced": contender.seconds * 1e6, "us": took * 1e6, "millijoules": used * 1e3}
-        )
+        took = sustained(dev, contender, seconds)
+        algorithms.append(contender.settings | {"us_raced": contender.seconds * 1e6, "us": took * 1e6})
     return {"name": operation.name, "times": times, "algorithms": algorithms}
 
 
@@ -66,11 +63,7 @@ def lines(multiply: dict[str, Any]) -> list[str]:
     table = [f"{multiply['name']}, {multiply['times']} times a step"]
     for each in multiply["algorithms"]:
         settings = " ".join(f"{each[name]:>4}" for name in ("id", "tile_id", "stages_id", "splitk_num"))
-        watts = each["millijoules"] / each["us"] * 1000
-        table.append(
-            f"  {settings} {each['cluster_shape_id']:>4} {each['us_raced']:>12.1f} {each['us']:>14.1f} "
-            f"{each['millijoules']:>12.1f} {watts:>8.0f}"
-        )
+        table.append(f"  {settings} {each['cluster_shape_id']:>4} {each['us_raced']:>12.1f} {each['us']:>14.1f}")
     return table
 
 
@@ -81,7 +74,7 @@ def lines(multiply: dict[str, Any]) -> list[str]:
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here too.")
 @exit_on_user_error
 def main(most: int, seconds: float, json_path: Path | None, **size: Any) -> None:
-    """The algorithms of a step's multiplies: microseconds in a race and under load, and joules."""
+    """The algorithms of a step's multiplies: microseconds in a race and under load."""
     if device.choose(size["device"], lambda line: None) != "cuda":
         raise UsageError("on a CPU there are no algorithms to choose from: --device cuda, where there is a GPU")
     setting = set_up(**size)
@@ -91,7 +84,7 @@ def main(most: int, seconds: float, json_path: Path | None, **size: Any) -> None
     operations = linear.multiplies(dims, gradient_dtype(run, dev), linear.gelu_fusion, False)
     figures: dict[str, Any] = circumstances("bench/multiplies.py", setting.backend) | {"multiplies": []}
     print("\n".join(told(figures)))
-    print("\n    id tile stages split cluster  us in a race  us under load  millijoules    watts; the first is in use")
+    print("\n    id tile stages split cluster  us in a race  us under load; the first is in use")
     for operation in operations:
         times = 1 if config.Vp in (operation.M, operation.N, operation.K) else config.L
         found = compare(operation, times, dev, thorough=run.gemm_search == "full", most=most, seconds=seconds)

@@ -38,7 +38,7 @@ with ending_together(comm), several_gpus(target.parent) as gpu:
         train.train = lambda t, log: [train.train_step(t, step) for step in range(t.steps)] and 0
         assert train.build_and_train(run, comm) == 0
     t = training.build(run, comm, lambda line: None)
-    copies.Copies.share = None  # that ranks do together, so not where a step or a checkpoint finds something new
+    copies.Copies._open = None  # which ranks do together, so not where one of them finds something new
     results = {}
     for step in range(t.start, t.steps):
         train.train_step(t, step)

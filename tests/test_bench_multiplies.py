@@ -18,12 +18,10 @@ from tests.cublaslt_on_cpu import OTHER, SMALL
 def stand_in(monkeypatch, tmp_path):
     """With an empty cache on the disk."""
     monkeypatch.setattr(tuning, "cache_dir", lambda: tmp_path)
-    monkeypatch.setattr(multiplies, "joules", lambda: 700 * found.clock)
-    found = cublaslt_on_cpu.install(monkeypatch)
-    return found
+    return cublaslt_on_cpu.install(monkeypatch)
 
 
-def test_what_costs_least_is_told_beside_what_is_in_use(stand_in):
+def test_what_is_fastest_is_told_beside_what_is_in_use(stand_in):
     """The one in use, and the others in the order of their times; a slow one is left out."""
     stand_in.proposed = [2, 3, 4, 5]
     stand_in.speeds = Counter({2: 1.2e-3, 3: 1.1e-3, 4: 1e-3, 5: 3e-3})
@@ -37,9 +35,8 @@ def test_what_costs_least_is_told_beside_what_is_in_use(stand_in):
         for each in multiply["algorithms"]:
             assert each["us"] == pytest.approx(1e6 * stand_in.speeds[each["id"]])
             assert each["us_raced"] == pytest.approx(each["us"])
-            assert each["millijoules"] == pytest.approx(0.7 * each["us"])
     assert multiplies.lines(found[0])[0] == f"{SMALL.name}, 12 times a step"
-    assert multiplies.lines(found[0])[1].split()[-4:] == ["1000.0", "1000.0", "700.0", "700"]
+    assert multiplies.lines(found[0])[1].split()[-2:] == ["1000.0", "1000.0"]
     assert multiplies.a_step(found, lambda algorithms: algorithms[0]) == pytest.approx(13 * 1.0)
     assert multiplies.a_step(found, lambda algorithms: algorithms[2]) == pytest.approx(13 * 1.2)
 
@@ -77,5 +74,4 @@ def test_it_runs(tmp_path):
         assert multiply["name"] in result.stdout
         for each in multiply["algorithms"]:
             assert each["us"] > 0
-            assert each["millijoules"] >= 0
     assert 0 < figures["ms"]["fastest under load"] <= figures["ms"]["in use"]

@@ -16,9 +16,8 @@ NAME = "the GPU"
 COMPUTE_DTYPE = np.dtype(ml_dtypes.bfloat16)  # of parameters, gradients and activations in a run
 WORKS_ALONE = True  # whether it computes while the host goes on
 CODE_BYTES = 512 << 20  # of memory that the code of kernels and of cublasLt takes
-# NCCL's: 1,308 to 1,831 MiB were seen with two ranks; what each further one adds is reckoned from the size of its
-# buffers.
-NCCL_BYTES, NCCL_BYTES_OF_RANK = 1536 << 20, 400 << 20
+# NCCL's: 1,308 to 1,831 MiB were seen with two ranks, 3,088 to 3,584 with four. More ranks are reckoned from that.
+NCCL_BYTES, NCCL_BYTES_OF_RANK = 1024 << 20, 912 << 20
 SHARED_BY_RANKS = False  # whether those on one machine take their memory from the same
 
 Array = Any
