@@ -29,6 +29,7 @@ CONSTANT = ("-k", "constant", "-n", 4)
 REDUCE = ("owner", "nccl")
 VARIANTS = {"bf16": (), "fp32": ("--grad-dtype", "fp32"), "-w 0": ("-w", 0), "nccl": ("--reduce", "nccl")}
 VARIANTS |= {"copies": ("--carrier", "copies")}
+LARGE = ("-b", LATE_TOKENS // 64, "-d", 2 * LATE_TOKENS)
 LATE = {"0": ("-z", 0), "1": ("-z", 1), "copies": ("-z", 1, "--carrier", "copies"), "2": ("-z", 2)}
 STAGES = {"a": 0, "b": 1, "c": 1, "d": 2, "e": 2}
 
@@ -81,8 +82,7 @@ def two(train_all):
             runs[f"{variant} {name}"] = ("-b", 4, *options, "-x", 12, "-n", 12, "-v", 3, "-z", stage)
     runs |= {f"accumulated {name}": ("-b", 1, "-x", 12, "-n", 12, "-z", 2) for name in "ab"}
     runs |= {f"lanes {B} 2": ("-b", B, "--lanes", 4, "-x", 12, "-n", 12, "-z", 1) for B in (2, 1)}
-    for name, options in LATE.items():
-        runs[f"late {name}"] = ("-b", LATE_TOKENS // 64, "-d", 2 * LATE_TOKENS, *options, "-x", 12, "-n", 12)
+    runs |= {f"late {name}": (*LARGE, *options, "-x", 12, "-n", 12) for name, options in LATE.items()}
     runs |= {name: ("-b", 4, *CONSTANT, "-x", x, "-z", 1) for name, x in (("whole", 12), ("parts", 4))}
     train_all(2, runs)
 
@@ -188,10 +188,12 @@ def test_recorded_steps_are_the_steps(train_all, two, out):
         for stage in (0, 1, 2)
     }
     runs["recorded copies"] = (*runs["recorded 1"], "--carrier", "copies")
+    runs["recorded late"] = (*LARGE, *LATE["copies"], "-x", 12, "-n", 12, "--cuda-graph", "on")
     runs["recorded accumulated"] = ("-b", 1, "-x", 12, "-n", 12, "-z", 2, "--cuda-graph", "on")
     train_all(2, runs)
     for name in (0, 1, 2, "copies"):
         assert_same_run(out / "bf16 a", out / f"recorded {name}")
+    assert_same_run(out / "late 2", out / "recorded late")
     assert_same_run(out / "accumulated a", out / "recorded accumulated")
 
 
