@@ -15,12 +15,14 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import repeat
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -33,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "kernels_cu"
 TIMEOUT = 60  # seconds after which a test is taken to hang
 FORKS = multiprocessing.get_context("forkserver")  # of a process that has loaded what all need
+ASKING = threading.Lock()  # an exit code is told once: of two threads that ask, of whatever process, one would get 255
 CRASHES = {-number: number.name for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)}
 
 # The tests of each source, or of a function of it where fewer will do, as pytest's -k names them.
@@ -766,11 +769,14 @@ def run_tests(selection: str, folder: Path, libraries: str) -> Result:
     """The CPU tests with these names, of the kernels in folder / kernels_cu. libraries: where compiled ones go."""
     output = folder / "output"
     process = FORKS.Process(target=_pytest, args=(selection, folder, libraries, output))
-    process.start()
-    process.join(TIMEOUT)
-    if process.is_alive():
-        process.kill()
+    with ASKING:
+        process.start()
+    ended = wait([process.sentinel], TIMEOUT)
+    with ASKING:
+        if not ended:
+            process.kill()
         process.join()
+    if not ended:
         return Result("hung", f"{TIMEOUT} s")
     return judge(process.exitcode, output.read_text(errors="replace"))
 
