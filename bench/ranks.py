@@ -84,7 +84,7 @@ def measure(
         "taken": taken if dev.WORKS_ALONE else None,  # on CPUs other programs take some too
     }
     if run.carrier == "copies":
-        comm.close()
+        comm.close()  # it was made for this way alone, and lets go of memory before others give that back
     del t, together, alone
     release(dev)
     return found

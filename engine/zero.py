@@ -32,7 +32,7 @@ import numpy as np
 from engine.arena import Arena, Array
 from engine.comm import Communicator
 
-# A GPU's links sleep after 50 ms without traffic (`nvidia-smi nvlink -gLowPwrInfo`). Awake they take some 2 % of its
+# A GPU's links sleep after 50 ms without traffic (`nvidia-smi nvlink -gLowPwrInfo`). Awake they take 1 to 2 % of its
 # power, which the multiplies then lack. So gradients travel together, while backward finishes the last quarter of the
 # buckets. That is long enough where a micro-batch is large: a layer's weights are exchanged as 24 C^2 bytes, while
 # backward takes 48 C^2 operations for each token. Between machines links are slower.
@@ -78,6 +78,7 @@ class Zero:
         self._is_alone = len(lanes) * comm.world == 1
         most = 0 if self._is_alone or by_library else len(lanes) * max(map(_length, params.buckets))
         self._received = device.zeros((most,), lanes[0].flat.dtype)
+        # Where parameters, in stage 0 sums of gradients, and what others have of this rank's shares arrive.
         for array in (params.flat, lanes[0].flat, self._received):
             comm.share(array)
         self._reducing: Any = None  # in stage 2, the communicator's mark behind the last bucket

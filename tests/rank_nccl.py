@@ -4,8 +4,8 @@ the stand-ins. Rank 0 writes losses, norms, parameters, masters and moments to t
     rank_nccl.py TARGET CARRIER SABOTAGE OPTIONS
 
 CARRIER: nccl or copies, as it is on GPUs; or mpi, whose collectives are done when they return. SABOTAGE: a method of
-NCCLRanks, or Copies, that does nothing, or "". OPTIONS: of RunConfig, in JSON, and "late", from how many tokens a
-micro-batch's gradients are exchanged late, and "again": the steps of such a run come before.
+NCCLRanks, or Copies, that does nothing, or "". OPTIONS: of RunConfig, in JSON, and "late": from how many tokens on a
+micro-batch's gradients travel late; "again": such a run comes before, in the same processes.
 """
 
 import json
@@ -21,6 +21,14 @@ from engine.comm import connect, copies, ending_together, nccl
 from engine.config import RunConfig
 from tests.nccl_on_cpu import Runtime, several_gpus
 
+
+def take_steps(t, log) -> int:
+    """All that a stand-in can do of train.train."""
+    for step in range(t.steps):
+        train.train_step(t, step)
+    return 0
+
+
 target, carrier, sabotage, options = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 comm = connect(os.environ)
 with ending_together(comm), several_gpus(target.parent) as gpu:
@@ -35,7 +43,7 @@ with ending_together(comm), several_gpus(target.parent) as gpu:
     run = RunConfig(**options, carrier="copies" if carrier == "copies" else "nccl")
     if again:
         training.plan = lambda t: "what a GPU is, nobody knows here"
-        train.train = lambda t, log: [train.train_step(t, step) for step in range(t.steps)] and 0
+        train.train = take_steps
         assert train.build_and_train(run, comm) == 0
     t = training.build(run, comm, lambda line: None)
     copies.Copies._open = None  # which ranks do together, so not where one of them finds something new

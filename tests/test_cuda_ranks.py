@@ -104,6 +104,7 @@ def four(train_all, gpus):
     if gpus < 4:
         pytest.skip("needs four GPUs")
     runs = {f"four {stage}": ("-b", 2, "-x", 12, "-n", 12, "-v", 4, "-z", stage) for stage in (0, 1, 2)}
+    runs["four copies"] = (*runs["four 1"], "--carrier", "copies")
     runs |= {f"lanes {B} 4": ("-b", B, "--lanes", 4, "-x", 12, "-n", 12, "-z", 1) for B in (2, 1)}
     train_all(4, runs)
 
@@ -167,8 +168,8 @@ def test_lanes_make_the_bits_independent_of_the_number_of_ranks(one, two, out, B
 
 
 def test_four_ranks(one, four, out):
-    for stage in (1, 2):
-        assert_same_run(out / "four 0", out / f"four {stage}")
+    for way in (1, 2, "copies"):
+        assert_same_run(out / "four 0", out / f"four {way}")
     np.testing.assert_allclose(losses(out / "four 0"), losses(out / "run"), rtol=2**-8)
     for B in (2, 1):
         assert_same_run(out / f"lanes {B} 1", out / f"lanes {B} 4")

@@ -9,7 +9,9 @@ import numpy as np
 
 
 class InOrder:
-    """Ranks whose collectives are done when they return, or that have none: nothing runs beside anything."""
+    """Ranks whose collectives are done when they return, or that have none: nothing runs beside anything, and arrays
+    need not be shared.
+    """
 
     def share(self, array: Any) -> None:
         pass
