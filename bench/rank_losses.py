@@ -51,7 +51,7 @@ def loss_curves(
         some = MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Incl(range(world))) if comm.rank < world else None
         if some:
             several: Communicator = MPIRanks(some) if world > 1 else OneRank()
-            ranks = training.on_devices(several, "cuda" if dev.WORKS_ALONE else "numpy")
+            ranks = training.on_devices(several, "cuda" if dev.WORKS_ALONE else "numpy", "nccl", print)
             found[str(world)] = losses_of(replace(step, zero_stage=int(world > 1)), ranks, config, dev, operations)
         comm.barrier()
     return found

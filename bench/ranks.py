@@ -16,7 +16,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from itertools import cycle
@@ -83,7 +83,7 @@ def measure(
         "held": held(t),
         "taken": taken if dev.WORKS_ALONE else None,  # on CPUs other programs take some too
     }
-    if run.carrier == "copies":
+    if run.carrier != "nccl":
         comm.close()  # it was made for this way alone, and lets go of memory before others give that back
     del t, together, alone
     release(dev)
@@ -148,7 +148,7 @@ def name_of(run: RunConfig) -> str:
     lanes = f"--lanes {run.lanes}" * (run.lanes > 0)
     accumulated = f"-d {run.total_batch}" * (run.total_batch != -1)
     graph = f"--cuda-graph {run.cuda_graph}" * (run.cuda_graph != "off")
-    carrier = f"--carrier {run.carrier}" * (run.carrier != "nccl")
+    carrier = f"--carrier {run.carrier}" * (run.carrier != RunConfig.carrier)
     return " ".join(filter(None, (f"-z {run.zero_stage}", reduce, lanes, accumulated, graph, carrier)))
 
 
@@ -156,7 +156,7 @@ def variants(run: RunConfig, world: int, lanes: int, on_gpus: bool) -> dict[str,
     """The ways to share out that are measured."""
     found = [replace(run, zero_stage=stage, reduce=reduce) for stage in (0, 1, 2) for reduce in ("owner", "nccl")]
     if on_gpus:
-        ways = (("copies", "off"), ("nccl", "on"), ("copies", "on"))
+        ways = (("nccl", "off"), ("auto", "on"), ("nccl", "on"))
         found += [replace(run, zero_stage=1, carrier=carrier, cuda_graph=graph) for carrier, graph in ways]
     if lanes:
         tokens = max(run.total_batch, lanes * run.B * run.T, world * run.B * run.T)
@@ -167,7 +167,7 @@ def variants(run: RunConfig, world: int, lanes: int, on_gpus: bool) -> dict[str,
 
 def on_one_rank(run: RunConfig) -> RunConfig:
     """The same steps where there is nothing to share out."""
-    return replace(run, zero_stage=0, reduce="owner", lanes=0, cuda_graph="off", carrier="nccl")
+    return replace(run, zero_stage=0, reduce="owner", lanes=0, cuda_graph="off", carrier="auto")
 
 
 def lines(figures: dict[str, Any]) -> Iterator[str]:
@@ -239,7 +239,12 @@ def main(model: str, B: int, T: int, V: int, wanted: str, only: str, **options: 
             raise UsageError("one rank has nobody to exchange with: start several with mpirun -np")
         if options["png_path"] and not have_matplotlib():
             raise UsageError("--png needs matplotlib: pip install matplotlib")
-        backend = device.choose(wanted, print if comm.rank == 0 else lambda line: None)
+
+        def say(line: str) -> None:
+            if comm.rank == 0:
+                print(line, flush=True)
+
+        backend = device.choose(wanted, say)
         common = {name: options[name] for name in ("total_batch", "recompute")}
         run = RunConfig(model=model, B=B, T=T, weight_decay=0.1, lr=LEARNING_RATE, cuda_graph="off", **common)
         runs = variants(run, comm.world, options["lanes"], on_gpus=device.load(backend).WORKS_ALONE)
@@ -255,6 +260,7 @@ def main(model: str, B: int, T: int, V: int, wanted: str, only: str, **options: 
             backend,
             *(options["warm_up"], options["steps"], options["turns"]),
             loss_steps=options["loss_steps"] if LOSSES in chosen else 0,
+            say=say,
         ):
             if comm.rank:
                 continue
@@ -278,6 +284,7 @@ def compare(
     turns: int,
     *,
     loss_steps: int,
+    say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
     """All that is measured, as far as it is: again and again, the more the later."""
     began = time.monotonic()
@@ -285,7 +292,7 @@ def compare(
     if problem := operations.unsupported(run.B, config.C, config.HS):
         raise UsageError(f"-e {run.model}: {problem}")
     free = free_before_nccl(comm) if dev.WORKS_ALONE else 0
-    ranks = training.on_devices(comm, backend)
+    ranks = training.on_devices(comm, backend, "nccl", say)
     nccl = most_of(comm, of_nccl(ranks, dev, free)) if dev.WORKS_ALONE else {}
     # One rank that takes the steps of several does accumulate.
     prepare_and_tune(run, ranks, config, dev, operations, accumulates=True)
@@ -303,7 +310,7 @@ def compare(
     }
     yield figures
     for name, each in runs.items():
-        carried = ranks if each.carrier == "nccl" else training.on_devices(comm, backend, each.carrier)
+        carried = ranks if each.carrier == "nccl" else training.on_devices(comm, backend, each.carrier, say)
         figures["variants"][name] = measure(each, carried, config, dev, warm_up, steps, turns)
         warm_up = 0  # it is warm now
         yield figures

@@ -230,11 +230,11 @@ class RunConfig:
         choices=("owner", "nccl"),
     )
     carrier: str = option(
-        "nccl",
+        "auto",
         "--carrier",
-        "what carries gradients and parameters from GPU to GPU: nccl; copies, between GPUs of one machine, by their "
-        "copy engines. The same bits",
-        choices=("nccl", "copies"),
+        "what carries gradients and parameters from GPU to GPU: nccl; copies, by the GPUs' copy engines, with the same "
+        "bits; auto: copies where all GPUs reach each other's memory",
+        choices=("auto", "nccl", "copies"),
     )
     watchdog: float = option(
         300.0, "--watchdog", "end the job when no rank gets on for so long; 0: never", unit="seconds"

@@ -134,7 +134,7 @@ def build(run: RunConfig, comm: Communicator, say: Callable[[str], None]) -> Tra
     Raises UserErrors.
     """
     backend = device.choose(run.device, say)
-    comm = on_devices(comm, backend, run.carrier)
+    comm = on_devices(comm, backend, run.carrier, say)
     dev, operations = device.load(backend), ops.load(backend)
     saved = _saved_run(run, say)
 
@@ -266,7 +266,7 @@ def plan(training: Training) -> str:
             ("--grad-dtype", on_cpu and run.grad_dtype != "bf16"),
             ("--gemm-search", on_cpu and run.gemm_search != "auto"),
             ("-z", run.zero_stage != 0 and world == 1),
-            ("--carrier", run.carrier != "nccl" and (on_cpu or world == 1)),
+            ("--carrier", run.carrier != "auto" and (on_cpu or world == 1)),
             ("-pg", run.gpus_per_node != 8),
         )
         if differs
@@ -284,9 +284,9 @@ def write_config(out_dir: Path, identity: dict[str, Any]) -> None:
         raise CheckpointError(f"{out_dir}: cannot write config.json: {error.strerror}") from error
 
 
-def on_devices(comm: Communicator, backend: str, carrier: str = "nccl") -> Communicator:
-    """The ranks as this device's arrays need them, each with its GPU. carrier: from one GPU to the others. UsageError
-    if they can't train together.
+def on_devices(comm: Communicator, backend: str, carrier: str, say: Callable[[str], None]) -> Communicator:
+    """The ranks as this device's arrays need them, each with its GPU. carrier: from one GPU to the others, as RunConfig
+    has it. UsageError if they can't train together.
     """
     if comm.world == 1:
         return comm
@@ -309,7 +309,7 @@ def on_devices(comm: Communicator, backend: str, carrier: str = "nccl") -> Commu
             f"machine and see {count} GPU{'s' if count > 1 else ''}. Start as many ranks as there are GPUs (-np, or "
             "-ppn for each machine), show them more in CUDA_VISIBLE_DEVICES, or take --device cpu"
         )
-    return on_gpus(comm, carrier)
+    return on_gpus(comm, carrier, say)
 
 
 def _saved_run(run: RunConfig, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:

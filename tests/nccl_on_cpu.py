@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ BYTES = 0
 CODES[BYTES] = np.dtype(np.uint8)
 SUM = 0
 ID = bytes(range(128))
-DEFAULT_STREAM, SIDE_STREAM = 0, 77
+DEFAULT_STREAM = 0
 
 
 class Access(NamedTuple):
@@ -50,17 +51,22 @@ class Gpu:
     """One rank's: what its streams have done, and what of that each of them knows to be done."""
 
     def __init__(self) -> None:
-        self.current = DEFAULT_STREAM
-        self.clocks = {stream: dict.fromkeys((DEFAULT_STREAM, SIDE_STREAM), 0) for stream in (0, SIDE_STREAM)}
-        self.beside = 0  # how many operations were given to the side stream
+        self.current: Any = None  # stream
+        self.clocks: dict[int, Counter[int]] = {DEFAULT_STREAM: Counter()}
+        self.beside = 0  # how many operations were given to other streams
         self._accesses: list[Access] = []
+
+    def new_stream(self) -> int:
+        number = len(self.clocks)
+        self.clocks[number] = Counter()
+        return number
 
     def do(self, what: str, reads: Sequence[Any], writes: Sequence[Any], stream: int | None = None) -> None:
         """An operation is given to a stream, the current one unless it is named. AssertionError if it races."""
-        stream = self.current if stream is None else stream
+        stream = self.current.ptr if stream is None else stream
         clock = self.clocks[stream]
         clock[stream] += 1
-        self.beside += stream == SIDE_STREAM
+        self.beside += stream != DEFAULT_STREAM
         for arrays, is_write in ((reads, False), (writes, True)):
             for array in arrays:
                 if isinstance(array, np.ndarray) and array.size:
@@ -136,17 +142,26 @@ class Pool:
         return self.of(rank).ctypes.data
 
 
+class RefusedError(RuntimeError):
+    """CUDARuntimeError."""
+
+    def __init__(self, status: int):
+        super().__init__({208: "resource already mapped", 217: "peer access is not supported"}[status])
+        self.status = status
+
+
 class Runtime(SimpleNamespace):
     """Of CUDA's: memory of one process opened by another. A handle names a rank. Opened once until it is closed: CUDA
     refuses what is still opened, if its owner has given it back meanwhile.
     """
 
-    CUDARuntimeError = RuntimeError
     memcpyDefault = 4
+    unreachable: int | None = None  # a rank whose memory cannot be opened
     seconds = 0.0  # that a copy takes
+    copied = 0  # how often
 
     def __init__(self, **names: Any):
-        super().__init__(opened=set(), **names)
+        super().__init__(opened=set(), CUDARuntimeError=RefusedError, **names)
 
     def ipcGetMemHandle(self, base: int) -> bytes:
         assert base == self.pool.base(self.pool.rank), "not where an allocation begins"
@@ -157,7 +172,9 @@ class Runtime(SimpleNamespace):
         assert handle[0] != self.pool.rank, "a process cannot open its own memory"
         address = self.pool.base(handle[0])
         if address in self.opened:
-            raise self.CUDARuntimeError("resource already mapped")
+            raise RefusedError(208)
+        if handle[0] == self.unreachable:
+            raise RefusedError(217)
         self.opened.add(address)
         return address
 
@@ -170,6 +187,7 @@ class Runtime(SimpleNamespace):
         GPU.do("memcpy", [source], [target], stream)
         time.sleep(self.seconds)
         target[...] = source
+        Runtime.copied += 1
 
 
 class Driver(SimpleNamespace):
@@ -180,46 +198,47 @@ class Driver(SimpleNamespace):
         assert base._obj.value <= address.value < base._obj.value + size._obj.value
         return 0
 
-    def cuStreamWriteValue32_v2(self, stream: Any, address: Any, value: Any, flags: int) -> int:
-        assert flags == 0
-        ctypes.c_uint32.from_address(address.value).value = value.value
-        return 0
-
-    def cuStreamWaitValue32_v2(self, stream: Any, address: Any, value: Any, flags: int) -> int:
-        assert flags == copies.EQUAL
+    def cuStreamBatchMemOp_v2(self, stream: Any, count: int, operations: Any, flags: int) -> int:
+        assert (count, flags) == (len(operations), 0)
         until = time.monotonic() + 30
-        while ctypes.c_uint32.from_address(address.value).value != value.value:
-            assert time.monotonic() < until, "waits for a number that nobody writes"
-            time.sleep(0)
+        for each in operations:
+            number = ctypes.c_uint32.from_address(each.address)
+            if each.kind == copies.WRITE:
+                number.value = each.value
+                continue
+            assert (each.kind, each.flags) == (copies.WAIT, copies.EQUAL)
+            while number.value != each.value:
+                assert time.monotonic() < until, "waits for a number that nobody writes"
+                time.sleep(0)
         return 0
 
 
 class Event:
     def __init__(self, disable_timing: bool = False):
-        self.clock: dict[int, int] = {}
+        self.clock: Counter[int] = Counter()
 
 
 class Stream:
-    def __init__(self, non_blocking: bool = False, priority: int = 0, ptr: int = SIDE_STREAM):
-        assert non_blocking or ptr == DEFAULT_STREAM  # another kind would wait for the default stream
-        self.ptr = ptr
-        self._before: list[int] = []
+    """default: the one, with which another kind than non_blocking would wait."""
+
+    def __init__(self, non_blocking: bool = False, priority: int = 0, default: bool = False):
+        assert non_blocking != default
+        self.ptr = DEFAULT_STREAM if default else GPU.new_stream()
+        self._before: list[Stream] = []
 
     def synchronize(self) -> None:
         pass
 
     def record(self, event: Event) -> Event:
-        event.clock = dict(GPU.clocks[self.ptr])
+        event.clock = GPU.clocks[self.ptr].copy()
         return event
 
     def wait_event(self, event: Event) -> None:
-        clock = GPU.clocks[self.ptr]
-        for stream, tick in event.clock.items():
-            clock[stream] = max(clock[stream], tick)
+        GPU.clocks[self.ptr] |= event.clock  # the later of each
 
     def __enter__(self) -> "Stream":
         self._before.append(GPU.current)
-        GPU.current = self.ptr
+        GPU.current = self
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -319,14 +338,14 @@ def _cupy(pool: Pool) -> dict[str, ModuleType]:
         groupStart=lambda: _groups.append([]),
         groupEnd=_group_end,
     )
-    streams = {DEFAULT_STREAM: Stream(ptr=DEFAULT_STREAM), SIDE_STREAM: Stream(non_blocking=True)}
+    GPU.current = Stream(default=True)
     cuda_module = ModuleType("cupy.cuda")
     vars(cuda_module).update(
         nccl=nccl,
         runtime=Runtime(pool=pool),
         Stream=Stream,
         Event=Event,
-        get_current_stream=lambda: streams[GPU.current],
+        get_current_stream=lambda: GPU.current,
         __path__=[],
     )
     cupy = ModuleType("cupy")

@@ -3,9 +3,10 @@ the stand-ins. Rank 0 writes losses, norms, parameters, masters and moments to t
 
     rank_nccl.py TARGET CARRIER SABOTAGE OPTIONS
 
-CARRIER: nccl or copies, as it is on GPUs; or mpi, whose collectives are done when they return. SABOTAGE: a method of
-NCCLRanks, or Copies, that does nothing, or "". OPTIONS: of RunConfig, in JSON, and "late": from how many tokens on a
-micro-batch's gradients travel late; "again": such a run comes before, in the same processes.
+CARRIER: as it is on GPUs; or mpi, whose collectives are done when they return. SABOTAGE: a method of NCCLRanks, or
+Copies, that does nothing, or "". OPTIONS: of RunConfig, in JSON, and "late": from how many tokens on a micro-batch's
+gradients travel late; "again": such a run comes before, in the same processes; "unreachable": a rank whose memory the
+others cannot open.
 """
 
 import json
@@ -34,18 +35,19 @@ comm = connect(os.environ)
 with ending_together(comm), several_gpus(target.parent) as gpu:
     zero.PIECE = 1000  # more than one piece of a bucket
     if carrier == "mpi":
-        training.on_gpus = lambda comm, carrier: comm
+        training.on_gpus = lambda comm, carrier, say: comm
     Runtime.seconds = 0.002 * comm.rank * (carrier == "copies")  # so that ranks do not keep pace by chance
     if sabotage:
         setattr(copies.Copies if carrier == "copies" else nccl.NCCLRanks, sabotage, lambda *_: None)
     training.LATE_TOKENS = options.pop("late", training.LATE_TOKENS)
-    again = options.pop("again", False)
-    run = RunConfig(**options, carrier="copies" if carrier == "copies" else "nccl")
+    again, Runtime.unreachable = options.pop("again", False), options.pop("unreachable", None)
+    run = RunConfig(**options, carrier="auto" if carrier == "mpi" else carrier)
     if again:
         training.plan = lambda t: "what a GPU is, nobody knows here"
         train.train = take_steps
         assert train.build_and_train(run, comm) == 0
-    t = training.build(run, comm, lambda line: None)
+    said = []
+    t = training.build(run, comm, said.append)
     copies.Copies._open = None  # which ranks do together, so not where one of them finds something new
     results = {}
     for step in range(t.start, t.steps):
@@ -58,7 +60,7 @@ with ending_together(comm), several_gpus(target.parent) as gpu:
     results |= t.optimizer.state()
     results |= {f"master.{name}": values for name, values in t.optimizer.parameters().items()}
     results |= {f"param.{name}": np.array(view, np.float32) for name, view in t.model.params.views.items()}
-    results["beside"] = np.array(gpu.beside)
+    results |= {"beside": np.array(gpu.beside), "copied": np.array(Runtime.copied), "said": np.array(said)}
     t.loader.close()
     if comm.rank == 0:
         np.savez(target, **results)

@@ -28,9 +28,9 @@ SIZE = ("--device", "cuda", "-e", "l5h2c64", "-t", 64, "-d", 512, "-l", 1e-3, "-
 CONSTANT = ("-k", "constant", "-n", 4)
 REDUCE = ("owner", "nccl")
 VARIANTS = {"bf16": (), "fp32": ("--grad-dtype", "fp32"), "-w 0": ("-w", 0), "nccl": ("--reduce", "nccl")}
-VARIANTS |= {"copies": ("--carrier", "copies")}
+VARIANTS |= {"carried by nccl": ("--carrier", "nccl")}
 LARGE = ("-b", LATE_TOKENS // 64, "-d", 2 * LATE_TOKENS)
-LATE = {"0": ("-z", 0), "1": ("-z", 1), "copies": ("-z", 1, "--carrier", "copies"), "2": ("-z", 2)}
+LATE = {"0": ("-z", 0), "1": ("-z", 1), "nccl": ("-z", 1, "--carrier", "nccl"), "2": ("-z", 2)}
 STAGES = {"a": 0, "b": 1, "c": 1, "d": 2, "e": 2}
 
 
@@ -80,6 +80,7 @@ def two(train_all):
     for variant, options in VARIANTS.items():
         for name, stage in STAGES.items():
             runs[f"{variant} {name}"] = ("-b", 4, *options, "-x", 12, "-n", 12, "-v", 3, "-z", stage)
+    runs["copies"] = ("-b", 4, "--carrier", "copies", "-x", 12, "-n", 12, "-v", 3, "-z", STAGES["b"])
     runs |= {f"accumulated {name}": ("-b", 1, "-x", 12, "-n", 12, "-z", 2) for name in "ab"}
     runs |= {f"lanes {B} 2": ("-b", B, "--lanes", 4, "-x", 12, "-n", 12, "-z", 1) for B in (2, 1)}
     runs |= {f"late {name}": (*LARGE, *options, "-x", 12, "-n", 12) for name, options in LATE.items()}
@@ -104,7 +105,7 @@ def four(train_all, gpus):
     if gpus < 4:
         pytest.skip("needs four GPUs")
     runs = {f"four {stage}": ("-b", 2, "-x", 12, "-n", 12, "-v", 4, "-z", stage) for stage in (0, 1, 2)}
-    runs["four copies"] = (*runs["four 1"], "--carrier", "copies")
+    runs["four nccl"] = (*runs["four 1"], "--carrier", "nccl")
     runs |= {f"lanes {B} 4": ("-b", B, "--lanes", 4, "-x", 12, "-n", 12, "-z", 1) for B in (2, 1)}
     train_all(4, runs)
 
@@ -147,7 +148,8 @@ def test_all_stages_and_every_repetition_give_the_same_bits(two, out, variant):
 
 
 def test_copies_carry_what_nccl_carries(two, out):
-    assert_same_run(out / "bf16 a", out / "copies a")
+    assert_same_run(out / "copies", out / "carried by nccl b")
+    assert_same_run(out / "copies", out / "bf16 b")
 
 
 def test_gradients_that_travel_late_are_the_same(two, out):
@@ -168,7 +170,7 @@ def test_lanes_make_the_bits_independent_of_the_number_of_ranks(one, two, out, B
 
 
 def test_four_ranks(one, four, out):
-    for way in (1, 2, "copies"):
+    for way in (1, 2, "nccl"):
         assert_same_run(out / "four 0", out / f"four {way}")
     np.testing.assert_allclose(losses(out / "four 0"), losses(out / "run"), rtol=2**-8)
     for B in (2, 1):
@@ -188,11 +190,11 @@ def test_recorded_steps_are_the_steps(train_all, two, out):
         f"recorded {stage}": ("-b", 4, "-x", 12, "-n", 12, "-v", 3, "-z", stage, "--cuda-graph", "on")
         for stage in (0, 1, 2)
     }
-    runs["recorded copies"] = (*runs["recorded 1"], "--carrier", "copies")
-    runs["recorded late"] = (*LARGE, *LATE["copies"], "-x", 12, "-n", 12, "--cuda-graph", "on")
+    runs["recorded nccl"] = (*runs["recorded 1"], "--carrier", "nccl")
+    runs["recorded late"] = (*LARGE, *LATE["1"], "-x", 12, "-n", 12, "--cuda-graph", "on")
     runs["recorded accumulated"] = ("-b", 1, "-x", 12, "-n", 12, "-z", 2, "--cuda-graph", "on")
     train_all(2, runs)
-    for name in (0, 1, 2, "copies"):
+    for name in (0, 1, 2, "nccl"):
         assert_same_run(out / "bf16 a", out / f"recorded {name}")
     assert_same_run(out / "late 2", out / "recorded late")
     assert_same_run(out / "accumulated a", out / "recorded accumulated")

@@ -26,18 +26,23 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is miss
 # Four layers: in stage 2 three take memory by turns.
 OPTIONS = {"model": "l4h2c32", "B": 1, "T": 16, "steps": 2, "val_every": 0, "sample_every": 0, "lr": 1e-2}
 OPTIONS |= {"warmup": 1, "weight_decay": 0.1, "gemm_search": "off", "watchdog": 0}
+HOW = {"beside", "copied", "said"}  # it was computed, not what
 
 
 @pytest.fixture
 def rank_nccl(shards_dir, tmp_path):
-    """rank_nccl(world, carrier="nccl", sabotage="", **options): what the ranks computed, or how they ended."""
+    """rank_nccl(world, carrier="nccl", sabotage="", fails=False, **options): what the ranks computed; with sabotage, or
+    where it fails, how they ended.
+    """
 
-    def rank_nccl(world: int, carrier: str = "nccl", sabotage: str = "", **options) -> dict[str, np.ndarray] | Run:
+    def rank_nccl(
+        world: int, carrier: str = "nccl", sabotage: str = "", fails: bool = False, **options
+    ) -> dict[str, np.ndarray] | Run:
         target = tmp_path / "results.npz"
         options = OPTIONS | {"train_data": f"{shards_dir}/train_*.bin"} | options
         program = ROOT / "tests/rank_nccl.py"
         result = run(world, target, carrier, sabotage, json.dumps(options), program=program)
-        if sabotage:
+        if sabotage or fails:
             return result
         assert result.code == 0, result.err
         with np.load(target) as arrays:
@@ -48,7 +53,7 @@ def rank_nccl(shards_dir, tmp_path):
 
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     assert found.keys() == expected.keys()
-    for name in found.keys() - {"beside"}:
+    for name in found.keys() - HOW:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
 
 
@@ -70,7 +75,26 @@ def test_what_runs_beside_computing_gives_the_bits_of_one_thing_after_another(ra
 def test_copies_carry_what_nccl_carries(rank_nccl, stage, world):
     """From one rank's memory to the others', which meet by numbers that they write there."""
     options = {"zero_stage": stage, "total_batch": 32 * world}
-    assert_same(rank_nccl(world, "copies", **options), rank_nccl(world, **options))
+    found, expected = rank_nccl(world, "copies", **options), rank_nccl(world, **options)
+    assert found["copied"] > expected["copied"] == 0
+    assert_same(found, expected)
+
+
+def test_auto_is_copies_where_all_gpus_reach_each_other_and_nccl_elsewhere(rank_nccl):
+    """Where rank 1 cannot open what the others have, the ranks agree."""
+    found, without = rank_nccl(3, "auto", total_batch=48), rank_nccl(3, "auto", total_batch=48, unreachable=0)
+    assert found["copied"] > without["copied"] == 0
+    assert not any("--carrier" in line for line in found["said"])
+    why = "--carrier auto is nccl here: the GPU of rank 1 and the others cannot reach each other's memory"
+    assert any(line.startswith(why) for line in without["said"])
+    assert_same(without, found)
+
+
+def test_copies_are_refused_where_gpus_do_not_reach_each_other(rank_nccl):
+    result = rank_nccl(2, "copies", fails=True, unreachable=1)
+    assert result.code == 2
+    assert result.err.count("the GPU of rank 0 and the others cannot reach each other's memory (peer access") == 1
+    assert "--carrier nccl" in result.err
 
 
 def test_a_run_opens_what_a_run_before_has_closed(rank_nccl):
@@ -82,7 +106,7 @@ def test_copies_without_a_meeting_are_seen(rank_nccl, tmp_path):
     options = {"zero_stage": 1, "total_batch": 64}
     expected = rank_nccl(2, "copies", **options)
     (tmp_path / "results.npz").unlink()
-    if rank_nccl(2, "copies", sabotage="_tell", **options).code == 0:
+    if rank_nccl(2, "copies", sabotage="_meet", **options).code == 0:
         with np.load(tmp_path / "results.npz") as found:
             assert not np.array_equal(found["1.loss"], expected["1.loss"])
 
@@ -139,7 +163,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_gpus(rank_nccl, tmp_path, c
     whole = rank_nccl(2, zero_stage=1, total_batch=96)
     rank_nccl(2, carrier, **saving)
     restored = rank_nccl(3, carrier, **saving, resume=True)
-    for name in restored.keys() - {"beside"}:
+    for name in restored.keys() - HOW:
         np.testing.assert_array_equal(restored[name], whole[name], err_msg=name)
 
 
@@ -198,13 +222,13 @@ def share_out(machines, see, backends, monkeypatch):
     """What training.on_devices says to each rank. see(rank, local_rank): (the GPU it takes, how many it sees)."""
     world = sum(machines)
     meet, table, local = threading.Barrier(world), {}, threading.local()
-    monkeypatch.setattr(training, "on_gpus", lambda comm, carrier: "on GPUs")
+    monkeypatch.setattr(training, "on_gpus", lambda comm, carrier, say: "on GPUs")
     monkeypatch.setattr(cuda, "take", lambda local_rank: see(local.rank, local_rank))
 
     def of(rank):
         local.rank = rank
         try:
-            return training.on_devices(Thread(rank, machines, meet, table), backends[rank])
+            return training.on_devices(Thread(rank, machines, meet, table), backends[rank], "nccl", print)
         except UsageError as error:
             return str(error)
 

@@ -29,7 +29,7 @@ Only reduce_scatter adds anything up, in its library's order. Other sums are mad
 same inputs give the same bits, whatever library carries them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -83,12 +83,14 @@ def connect(environ: Mapping[str, str]) -> Communicator:
     return comm
 
 
-def on_gpus(comm: Communicator, carrier: str) -> Communicator:
-    """The same ranks for arrays on GPUs, each on one of its own, which is current. UsageError if they can't connect."""
+def on_gpus(comm: Communicator, carrier: str, say: Callable[[str], None]) -> Communicator:
+    """The same ranks for arrays on GPUs, each on one of its own, which is current. carrier, say: as NCCLRanks takes
+    them. UsageError if they can't connect.
+    """
     from engine.comm.nccl import NCCLRanks, new_id
 
     assert not isinstance(comm, OneRank)
-    return NCCLRanks(comm, from_rank_0(comm, new_id() if comm.rank == 0 else b""), carrier)
+    return NCCLRanks(comm, from_rank_0(comm, new_id() if comm.rank == 0 else b""), carrier, say)
 
 
 @contextmanager

@@ -7,10 +7,9 @@ Memory Operations"). Nothing is added up here, so the bits are those that NCCL w
 """
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,10 +17,24 @@ from engine.comm import Communicator, fingerprints
 from engine.errors import UsageError
 
 Array = Any
+T = TypeVar("T")
 
 READY, DONE = range(2)  # what ranks tell each other: mine may be written to; yours has been
+WAIT, WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32, _WRITE_VALUE_32
 EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 HANDLE = 64  # bytes
+
+
+class MemoryOperation(ctypes.Structure):
+    """CUstreamBatchMemOpParams, of which flags mean something to WAIT alone."""
+
+    _fields_ = (
+        ("kind", ctypes.c_uint32),
+        ("address", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("unused", ctypes.c_uint64 * 2),
+    )
 
 
 class Shared(NamedTuple):
@@ -33,33 +46,31 @@ class Shared(NamedTuple):
 
 
 class Copies:
-    """Exchanges on one stream, in the order in which they are called, which is the same on all ranks of `control`: of
-    what lies in arrays that all of them have shared.
+    """Exchanges in the order of one stream, in which they are called, the same on all ranks of `control`: of what lies
+    in arrays that all of them have shared.
     """
 
     def __init__(self, control: Communicator, stream: Any):
-        """All ranks call this together. UsageError where GPUs can't reach each other."""
+        """All ranks call this together. UsageError, on all of them, where GPUs can't reach each other."""
         import cupy
 
         if control.local_world < control.world:
-            raise UsageError("--carrier copies: the ranks are not all on one machine. Take --carrier nccl")
+            raise UsageError("the ranks are on several machines, between which --carrier nccl alone carries")
         self._cupy, self._control, self._stream = cupy, control, stream
         self._rank, self._world = control.rank, control.world
         self._opened: dict[tuple[int, bytes], int] = {}  # (peer, handle) -> where its memory lies here
         self._shared: list[Shared] = []
+        # What one GPU has for the others goes to all of them at once.
+        self._streams = [stream, *(cupy.cuda.Stream(non_blocking=True) for _ in range(self._world - 1))]
+        self._begun, self._ended = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
         self._told = cupy.zeros((2, self._world), np.uint32)  # whether each peer has told READY, and DONE
         cupy.cuda.get_current_stream().synchronize()  # zeros are there before a peer writes
-        try:
-            self._told_there = self._open(self._told)
-        except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise UsageError(
-                f"--carrier copies: the GPU of rank {self._rank} cannot reach all others' memory ({error}). Take "
-                "--carrier nccl"
-            ) from error
+        told_there = self._open(self._told)
+        self._meetings = [self._meeting(what, told_there) for what in (READY, DONE)]
 
     def share(self, array: Array) -> None:
         """The others may write to it from now on. All ranks call this together, with arrays of one size, which live
-        until `close`: what takes its place later would be written to.
+        until `close`: what takes its place later would be written to. UsageError, on all, where one can't reach it.
         """
         begin = address_of(array)
         self._shared.append(Shared(begin, begin + array.nbytes, self._open(array)))
@@ -71,17 +82,14 @@ class Copies:
     def exchange(self, out: Array, inp: Array) -> None:
         """out (world, n), shared, = what every rank has for this one: its inp (world, n) in this rank's row."""
         theirs, row = self._everyones(out), out[0].nbytes
-        with self._meeting():
-            for peer in self._peers():
-                self._copy(theirs[peer] + self._rank * row, address_of(inp[peer]), row)
-            self._copy(address_of(out[self._rank]), address_of(inp[self._rank]), row)
+        ranks = [*self._peers(), self._rank]
+        self._copy([(theirs[rank] + self._rank * row, address_of(inp[rank])) for rank in ranks], row)
 
     def all_gather(self, buffer: Array) -> None:
         """buffer (world * n), shared, holds, in each rank's n elements, what that rank has there."""
         theirs, part = self._everyones(buffer), buffer.nbytes // self._world
-        with self._meeting():
-            for peer in self._peers():
-                self._copy(theirs[peer] + self._rank * part, address_of(buffer) + self._rank * part, part)
+        own = self._rank * part
+        self._copy([(theirs[peer] + own, address_of(buffer) + own) for peer in self._peers()], part)
 
     def close(self) -> None:
         """Lets go of the others' memory, before they give it back: a new array in its place could not be reached. All
@@ -94,40 +102,44 @@ class Copies:
         self._shared.clear()
         self._control.barrier()
 
-    def _peers(self) -> Iterator[int]:
-        """The next one first: so no two ranks write to the same at a time."""
-        return ((self._rank + i) % self._world for i in range(1, self._world))
+    def _peers(self) -> list[int]:
+        """The next one first: so no two ranks write to the same first."""
+        return [(self._rank + i) % self._world for i in range(1, self._world)]
 
-    @contextmanager
-    def _meeting(self) -> Iterator[None]:
-        """What is copied in it finds the others' arrays free, as their streams have come so far too; and what this
-        rank's stream is given later finds here what they have copied.
+    def _copy(self, copies: list[tuple[int, int]], nbytes: int) -> None:
+        """(to, what) of each, at the same time, when all ranks' streams have come so far. What this rank's stream is
+        given later finds here what the others have copied.
         """
-        self._tell(READY)
-        yield
-        self._tell(DONE)
+        runtime, streams = self._cupy.cuda.runtime, self._streams[: len(copies)]
+        self._meet(READY)
+        self._stream.record(self._begun)
+        for stream, (to, what) in zip(streams, copies, strict=True):
+            stream.wait_event(self._begun)
+            runtime.memcpyAsync(to, what, nbytes, runtime.memcpyDefault, stream.ptr)
+        for stream in streams:
+            self._stream.wait_event(stream.record(self._ended))
+        self._meet(DONE)
 
-    def _tell(self, what: int) -> None:
-        """In the order of the stream: all others that this rank has come so far, and waits until they have.
+    def _meet(self, what: int) -> None:
+        """In the order of the stream: this rank tells all others that it has come so far, and waits until they have."""
+        operations = self._meetings[what]
+        _check(_driver().cuStreamBatchMemOp_v2(ctypes.c_void_p(self._stream.ptr), len(operations), operations, 0))
 
-        Then it takes their flags down. A peer sets the same one again only after this rank has told the other, which it
-        does later: so none is lost. (Counts would do without that, but a graph repeats what was recorded.)
+    def _meeting(self, what: int, told_there: list[int]) -> Any:
+        """The operations of `_meet`: sets a flag on each peer's GPU, waits for theirs here, and takes them down.
+
+        A peer sets the same one again only after this rank has told the other, which it does later: so none is lost.
+        (Counts would do without that, but a graph repeats what was recorded.)
         """
-        driver, stream, size = _driver(), ctypes.c_void_p(self._stream.ptr), self._told.itemsize
 
-        def write(address: int, flag: bool) -> None:
-            _check(driver.cuStreamWriteValue32_v2(stream, ctypes.c_uint64(address), ctypes.c_uint32(flag), 0))
+        def flag(told: int, rank: int) -> int:
+            return told + (what * self._world + rank) * self._told.itemsize
 
-        for peer in self._peers():
-            write(self._told_there[peer] + (what * self._world + self._rank) * size, True)
-        for peer in self._peers():
-            here = address_of(self._told) + (what * self._world + peer) * size
-            _check(driver.cuStreamWaitValue32_v2(stream, ctypes.c_uint64(here), ctypes.c_uint32(True), EQUAL))
-            write(here, False)
-
-    def _copy(self, to: int, what: int, nbytes: int) -> None:
-        runtime = self._cupy.cuda.runtime
-        runtime.memcpyAsync(to, what, nbytes, runtime.memcpyDefault, self._stream.ptr)
+        here = [flag(address_of(self._told), peer) for peer in self._peers()]
+        operations = [MemoryOperation(WRITE, flag(told_there[peer], self._rank), True) for peer in self._peers()]
+        operations += [MemoryOperation(WAIT, address, True, EQUAL) for address in here]
+        operations += [MemoryOperation(WRITE, address, False) for address in here]
+        return (MemoryOperation * len(operations))(*operations)
 
     def _find(self, array: Array) -> Shared | None:
         """The shared array that it lies in."""
@@ -140,23 +152,47 @@ class Copies:
         return [address + address_of(array) - shared.begin for address in shared.everyones]
 
     def _open(self, array: Array) -> list[int]:
-        """Where every rank's array lies in this rank's addresses."""
-        runtime = self._cupy.cuda.runtime
+        """Where every rank's array lies in this rank's addresses. All ranks call this together."""
+        everyones = fingerprints(self._control, self._agreed(self._place_of, array))
+        return self._agreed(self._open_places, array, everyones)
+
+    def _place_of(self, array: Array) -> bytes:
+        """Where it lies, for other processes: a handle of the memory in which it does, and how far behind its begin."""
         base, size = ctypes.c_uint64(), ctypes.c_size_t()
         address = ctypes.c_uint64(address_of(array))
         _check(_driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), address))
         offset = np.array([address_of(array) - base.value], np.uint64)
-        everyones = fingerprints(self._control, bytes(runtime.ipcGetMemHandle(base.value)) + offset.tobytes())
+        return bytes(self._cupy.cuda.runtime.ipcGetMemHandle(base.value)) + offset.tobytes()
+
+    def _open_places(self, array: Array, everyones: list[bytes]) -> list[int]:
         found = []
-        for peer, blob in enumerate(everyones):
-            key = peer, blob[:HANDLE]
-            if peer == self._rank:
+        for rank, place in enumerate(everyones):
+            if rank == self._rank:
                 found.append(address_of(array))
                 continue
+            key = rank, place[:HANDLE]
             if key not in self._opened:
-                self._opened[key] = runtime.ipcOpenMemHandle(blob[:HANDLE])
-            found.append(self._opened[key] + int(np.frombuffer(blob[HANDLE:], np.uint64)[0]))
+                self._opened[key] = self._cupy.cuda.runtime.ipcOpenMemHandle(place[:HANDLE])
+            found.append(self._opened[key] + int(np.frombuffer(place[HANDLE:], np.uint64)[0]))
         return found
+
+    def _agreed(self, function: Callable[..., T], *args: Any) -> T:
+        """function(*args), which all ranks call together: UsageError on all of them, where CUDA refuses it on one."""
+        refused = self._cupy.cuda.runtime.CUDARuntimeError
+        status = 0
+        try:
+            result = function(*args)
+        except refused as error:
+            status = error.status
+        statuses = self._control.gather(np.array([status], np.float64))[:, 0].astype(int)
+        if statuses.any():
+            rank = int(statuses.argmax())
+            self.close()
+            raise UsageError(
+                f"the GPU of rank {rank} and the others cannot reach each other's memory ({refused(statuses[rank])}), "
+                "which --carrier nccl does without"
+            )
+        return result
 
 
 def address_of(array: Array) -> int:

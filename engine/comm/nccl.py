@@ -1,7 +1,7 @@
 """Ranks on GPUs: NCCL carries what lies on them, MPI all else."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,9 +26,10 @@ class NCCLRanks:
     later. Called aside, it comes before nothing until that is asked for.
     """
 
-    def __init__(self, control: Communicator, unique_id: bytes, carrier: str = "nccl"):
+    def __init__(self, control: Communicator, unique_id: bytes, carrier: str, say: Callable[[str], None]):
         """unique_id: rank 0's, as `new_id` gives it. carrier: of what is exchanged and gathered in shared arrays,
-        "nccl", or "copies" without it. All ranks call this together. UsageError if they can't connect.
+        "nccl", or "copies" without it; "auto": copies, where GPUs reach each other's memory. All ranks call this
+        together. UsageError if they can't connect.
         """
         import cupy
 
@@ -52,7 +53,14 @@ class NCCLRanks:
         self._behind, self._ahead = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
         self._is_ahead = False  # has something been put aside that nobody has waited for?
         self._gathered: dict[tuple[int, int], Array] = {}
-        self._copies = Copies(control, self._stream) if carrier == "copies" else None
+        self._copies: Copies | None = None
+        if carrier != "nccl":
+            try:
+                self._copies = Copies(control, self._stream)
+            except UsageError as error:
+                if carrier == "copies":
+                    raise
+                say(f"--carrier auto is nccl here: {error.args[0]}")
 
     def share(self, array: Array) -> None:
         self._check(array)
