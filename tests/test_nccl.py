@@ -106,7 +106,7 @@ def test_copies_without_a_meeting_are_seen(rank_nccl, tmp_path):
     options = {"zero_stage": 1, "total_batch": 64}
     expected = rank_nccl(2, "copies", **options)
     (tmp_path / "results.npz").unlink()
-    if rank_nccl(2, "copies", sabotage="_meet", **options).code == 0:
+    if rank_nccl(2, "copies", sabotage="_wait", **options).code == 0:
         with np.load(tmp_path / "results.npz") as found:
             assert not np.array_equal(found["1.loss"], expected["1.loss"])
 

@@ -60,13 +60,9 @@ class Copies:
         self._rank, self._world = control.rank, control.world
         self._opened: dict[tuple[int, bytes], int] = {}  # (peer, handle) -> where its memory lies here
         self._shared: list[Shared] = []
-        # What one GPU has for the others goes to all of them at once.
-        self._streams = [stream, *(cupy.cuda.Stream(non_blocking=True) for _ in range(self._world - 1))]
-        self._begun, self._ended = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
         self._told = cupy.zeros((2, self._world), np.uint32)  # whether each peer has told READY, and DONE
         cupy.cuda.get_current_stream().synchronize()  # zeros are there before a peer writes
-        told_there = self._open(self._told)
-        self._meetings = [self._meeting(what, told_there) for what in (READY, DONE)]
+        self._told_there = self._open(self._told)
 
     def share(self, array: Array) -> None:
         """The others may write to it from now on. All ranks call this together, with arrays of one size, which live
@@ -82,14 +78,21 @@ class Copies:
     def exchange(self, out: Array, inp: Array) -> None:
         """out (world, n), shared, = what every rank has for this one: its inp (world, n) in this rank's row."""
         theirs, row = self._everyones(out), out[0].nbytes
-        ranks = [*self._peers(), self._rank]
-        self._copy([(theirs[rank] + self._rank * row, address_of(inp[rank])) for rank in ranks], row)
+        self._meet(READY)
+        for peer in self._peers():
+            self._copy(theirs[peer] + self._rank * row, address_of(inp[peer]), row)
+        self._tell(DONE)
+        self._copy(address_of(out[self._rank]), address_of(inp[self._rank]), row)  # while others' copies arrive
+        self._wait(DONE)
 
     def all_gather(self, buffer: Array) -> None:
         """buffer (world * n), shared, holds, in each rank's n elements, what that rank has there."""
         theirs, part = self._everyones(buffer), buffer.nbytes // self._world
         own = self._rank * part
-        self._copy([(theirs[peer] + own, address_of(buffer) + own) for peer in self._peers()], part)
+        self._meet(READY)
+        for peer in self._peers():
+            self._copy(theirs[peer] + own, address_of(buffer) + own, part)
+        self._meet(DONE)
 
     def close(self) -> None:
         """Lets go of the others' memory, before they give it back: a new array in its place could not be reached. All
@@ -103,43 +106,39 @@ class Copies:
         self._control.barrier()
 
     def _peers(self) -> list[int]:
-        """The next one first: so no two ranks write to the same first."""
+        """The next one first: so no two ranks write to the same at a time."""
         return [(self._rank + i) % self._world for i in range(1, self._world)]
 
-    def _copy(self, copies: list[tuple[int, int]], nbytes: int) -> None:
-        """(to, what) of each, at the same time, when all ranks' streams have come so far. What this rank's stream is
-        given later finds here what the others have copied.
-        """
-        runtime, streams = self._cupy.cuda.runtime, self._streams[: len(copies)]
-        self._meet(READY)
-        self._stream.record(self._begun)
-        for stream, (to, what) in zip(streams, copies, strict=True):
-            stream.wait_event(self._begun)
-            runtime.memcpyAsync(to, what, nbytes, runtime.memcpyDefault, stream.ptr)
-        for stream in streams:
-            self._stream.wait_event(stream.record(self._ended))
-        self._meet(DONE)
+    def _copy(self, to: int, what: int, nbytes: int) -> None:
+        runtime = self._cupy.cuda.runtime
+        runtime.memcpyAsync(to, what, nbytes, runtime.memcpyDefault, self._stream.ptr)
 
     def _meet(self, what: int) -> None:
-        """In the order of the stream: this rank tells all others that it has come so far, and waits until they have."""
-        operations = self._meetings[what]
-        _check(_driver().cuStreamBatchMemOp_v2(ctypes.c_void_p(self._stream.ptr), len(operations), operations, 0))
+        self._tell(what)
+        self._wait(what)
 
-    def _meeting(self, what: int, told_there: list[int]) -> Any:
-        """The operations of `_meet`: sets a flag on each peer's GPU, waits for theirs here, and takes them down.
+    def _tell(self, what: int) -> None:
+        """In the order of the stream: all others that this rank has come so far."""
+        flags = [self._flag(self._told_there[peer], what, self._rank) for peer in self._peers()]
+        self._operate([MemoryOperation(WRITE, flag, True) for flag in flags])
+
+    def _wait(self, what: int) -> None:
+        """In the order of the stream: until all others have told it. Then their flags are taken down.
 
         A peer sets the same one again only after this rank has told the other, which it does later: so none is lost.
         (Counts would do without that, but a graph repeats what was recorded.)
         """
+        flags = [self._flag(address_of(self._told), what, peer) for peer in self._peers()]
+        waits = [MemoryOperation(WAIT, flag, True, EQUAL) for flag in flags]
+        self._operate([*waits, *(MemoryOperation(WRITE, flag, False) for flag in flags)])
 
-        def flag(told: int, rank: int) -> int:
-            return told + (what * self._world + rank) * self._told.itemsize
+    def _flag(self, begin: int, what: int, rank: int) -> int:
+        """Where it stands, in an array like `told` that begins there, whether a rank has told that."""
+        return begin + (what * self._world + rank) * self._told.itemsize
 
-        here = [flag(address_of(self._told), peer) for peer in self._peers()]
-        operations = [MemoryOperation(WRITE, flag(told_there[peer], self._rank), True) for peer in self._peers()]
-        operations += [MemoryOperation(WAIT, address, True, EQUAL) for address in here]
-        operations += [MemoryOperation(WRITE, address, False) for address in here]
-        return (MemoryOperation * len(operations))(*operations)
+    def _operate(self, operations: list[MemoryOperation]) -> None:
+        stream, count = ctypes.c_void_p(self._stream.ptr), len(operations)
+        _check(_driver().cuStreamBatchMemOp_v2(stream, count, (MemoryOperation * count)(*operations), 0))
 
     def _find(self, array: Array) -> Shared | None:
         """The shared array that it lies in."""
