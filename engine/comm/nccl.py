@@ -1,4 +1,4 @@
-"""Ranks on GPUs: NCCL carries what lies on them, MPI all else."""
+"""Ranks on GPUs: NCCL carries what lies on them, or copies.py what is shared; MPI carries all else."""
 
 import os
 from collections.abc import Callable, Iterator
