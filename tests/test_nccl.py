@@ -70,8 +70,7 @@ def test_what_runs_beside_computing_gives_the_bits_of_one_thing_after_another(ra
         assert_same(found, expected)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(("stage", "world"), [(0, 3), (1, 2), (2, 3)])
 def test_copies_carry_what_nccl_carries(rank_nccl, stage, world):
     """From one rank's memory to the others', which meet by numbers that they write there."""
     options = {"zero_stage": stage, "total_batch": 32 * world}
