@@ -29,24 +29,30 @@ OPTIONS |= {"warmup": 1, "weight_decay": 0.1, "gemm_search": "off", "watchdog": 
 HOW = {"beside", "copied", "said"}  # it was computed, not what
 
 
-@pytest.fixture
-def rank_nccl(shards_dir, tmp_path):
-    """rank_nccl(world, carrier="nccl", sabotage="", fails=False, **options): what the ranks computed; with sabotage, or
-    where it fails, how they ended.
+@pytest.fixture(scope="module")
+def rank_nccl(shards_dir, tmp_path_factory):
+    """rank_nccl(world, carrier="nccl", sabotage="", fails=False, **options): what the ranks computed; if that did not
+    come about, with sabotage or where it may fail, how they ended. What has been asked for before is not run again.
     """
+    known: dict[tuple, dict[str, np.ndarray] | Run] = {}
+
+    def train(world: int, *args: str) -> dict[str, np.ndarray] | Run:
+        target = tmp_path_factory.mktemp("ranks") / "results.npz"
+        result = run(world, target, *args, program=ROOT / "tests/rank_nccl.py")
+        if result.code:
+            return result
+        with np.load(target) as arrays:
+            return dict(arrays)
 
     def rank_nccl(
         world: int, carrier: str = "nccl", sabotage: str = "", fails: bool = False, **options
     ) -> dict[str, np.ndarray] | Run:
-        target = tmp_path / "results.npz"
         options = OPTIONS | {"train_data": f"{shards_dir}/train_*.bin"} | options
-        program = ROOT / "tests/rank_nccl.py"
-        result = run(world, target, carrier, sabotage, json.dumps(options), program=program)
-        if sabotage or fails:
-            return result
-        assert result.code == 0, result.err
-        with np.load(target) as arrays:
-            return dict(arrays)
+        call = world, carrier, sabotage, json.dumps(options, sort_keys=True)
+        if call not in known:
+            known[call] = train(*call)
+        assert isinstance(known[call], dict) or sabotage or fails, known[call].err
+        return known[call]
 
     return rank_nccl
 
@@ -70,7 +76,8 @@ def test_what_runs_beside_computing_gives_the_bits_of_one_thing_after_another(ra
         assert_same(found, expected)
 
 
-@pytest.mark.parametrize(("stage", "world"), [(0, 3), (1, 2), (2, 3)])
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_copies_carry_what_nccl_carries(rank_nccl, stage, world):
     """From one rank's memory to the others', which meet by numbers that they write there."""
     options = {"zero_stage": stage, "total_batch": 32 * world}
@@ -80,7 +87,7 @@ def test_copies_carry_what_nccl_carries(rank_nccl, stage, world):
 
 
 def test_auto_is_copies_where_all_gpus_reach_each_other_and_nccl_elsewhere(rank_nccl):
-    """Where rank 1 cannot open what the others have, the ranks agree."""
+    """The ranks agree, if rank 0's memory alone cannot be opened: rank 1 is the first that sees it."""
     found, without = rank_nccl(3, "auto", total_batch=48), rank_nccl(3, "auto", total_batch=48, unreachable=0)
     assert found["copied"] > without["copied"] == 0
     assert not any("--carrier" in line for line in found["said"])
@@ -100,23 +107,18 @@ def test_a_run_opens_what_a_run_before_has_closed(rank_nccl):
     assert_same(rank_nccl(2, "copies", zero_stage=1, again=True), rank_nccl(2, "copies", zero_stage=1))
 
 
-def test_copies_without_a_meeting_are_seen(rank_nccl, tmp_path):
+def test_copies_without_a_meeting_are_seen(rank_nccl):
     """So the stand-in's ranks do run beside each other."""
     options = {"zero_stage": 1, "total_batch": 64}
-    expected = rank_nccl(2, "copies", **options)
-    (tmp_path / "results.npz").unlink()
-    if rank_nccl(2, "copies", sabotage="_wait", **options).code == 0:
-        with np.load(tmp_path / "results.npz") as found:
-            assert not np.array_equal(found["1.loss"], expected["1.loss"])
+    expected, found = rank_nccl(2, "copies", **options), rank_nccl(2, "copies", sabotage="_wait", **options)
+    assert isinstance(found, Run) or not np.array_equal(found["1.loss"], expected["1.loss"])
 
 
-@pytest.mark.parametrize(
-    ("carrier", "options"),
-    [("nccl", {"zero_stage": 0}), ("nccl", {"zero_stage": 1, "reduce": "nccl"}), ("copies", {"zero_stage": 1})],
-)
+@pytest.mark.parametrize("options", [{"zero_stage": 0}, {"zero_stage": 1, "reduce": "nccl"}, {"lanes": 4}])
+@pytest.mark.parametrize("carrier", ["nccl", "copies"])
 def test_gradients_that_travel_late_are_the_same(rank_nccl, carrier, options):
     """With two micro-batches a rank."""
-    options = {"total_batch": 64} | options
+    options = {"zero_stage": 1, "total_batch": 64} | options
     assert_same(rank_nccl(2, carrier, **options, late=0), rank_nccl(2, carrier, **options))
 
 
@@ -150,6 +152,7 @@ def test_other_dtypes(rank_nccl, options):
 def test_a_wait_that_is_missing_is_seen(rank_nccl, sabotage, stage):
     """So the stand-in can be believed when it sees no race."""
     result = rank_nccl(2, sabotage=sabotage, zero_stage=stage)
+    assert isinstance(result, Run)
     assert result.code == 1
     assert "AssertionError: race: " in result.err
 
