@@ -235,7 +235,7 @@ def flops(call: Call) -> float:
     """Of the matrix products in a call; what the rest takes is not counted."""
     kind, shapes = call.name, call.shapes
     if kind == "linear.forward":
-        return 2.0 * math.prod(shapes[0]) * shapes[1][-1]
+        return 2.0 * math.prod(shapes[0]) * shapes[2][-1]
     if kind == "linear.backward":
         return 4.0 * math.prod(shapes[0]) * shapes[2][-1]
     if kind.startswith("attention"):
@@ -256,7 +256,7 @@ def nbytes(call: Call) -> float:
 def label(call: Call) -> str:
     """The operation, and of a linear layer its channels."""
     if call.name == "linear.forward":
-        return f"{call.name} {call.shapes[1][-1]}>{call.shapes[0][-1]}"
+        return f"{call.name} {call.shapes[2][-1]}>{call.shapes[0][-1]}"
     if call.name == "linear.backward":
         return f"{call.name} {call.shapes[0][-1]}<{call.shapes[2][-1]}"
     return call.name

@@ -8,6 +8,7 @@ from typing import Any
 from engine.errors import UsageError
 
 VOCABULARY_MULTIPLE = 128  # the vocabulary is padded to this in memory: the classifier's matrix multiply wants it
+BEHIND = 16  # a one and zeros behind a row of channels: as many as leave rows of bf16 aligned to 32 bytes
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class GPT2Config:
 
     def dims(self) -> dict[str, int]:
         """What the letters in the model's tables stand for."""
-        return asdict(self) | {"Vp": self.Vp}
+        return asdict(self) | {"Vp": self.Vp, "Cx": self.C + BEHIND}
 
     @property
     def num_parameters(self) -> int:

@@ -29,7 +29,7 @@ def memory_by_class(
     if run.reduce == "owner" and run.lanes_per_rank(world) * world > 1:  # what lanes and ranks have for this one
         shares = run.lanes or world
         tables["gradients"] += run.lanes_per_rank(world) * largest_bucket(_gradient_tensors(run, config, dev), shares)
-    scratch = operations.scratch_bytes(config.dims() | {"B": run.B, "T": run.T})
+    scratch = operations.scratch_bytes(config.dims() | {"B": run.B, "T": run.T}, gradient_dtype(run, dev))
     return tables | {"scratch": scratch, "overhead": dev.overhead_bytes(world)}
 
 

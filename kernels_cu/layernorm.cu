@@ -1,7 +1,7 @@
 // Layer normalisation over channels (Ba et al. 2016, arXiv 1607.06450, section 3).
 //
 // forward   mean = sum_c(inp) / C      rstd = 1 / sqrt(sum_c((inp - mean)^2) / C + EPS)
-//           out  = (inp - mean) * rstd * weight + bias
+//           out  = (inp - mean) * rstd * weight + bias, and if its rows are longer, a one and zeros behind each
 //
 // backward  with xhat = (inp - mean) * rstd and g = dout * weight
 //           dinp    += rstd * (g - sum_c(g) / C - xhat * sum_c(g * xhat) / C)
@@ -28,13 +28,13 @@ __device__ __forceinline__ float row_sum(float x) { return warp_sum(x); }
 
 // A warp for each row, or a block for a wide one, which keeps it in registers: all of it is asked for at once.
 extern "C" __global__ void __launch_bounds__(256) layernorm_forward(
-    bf16* __restrict__ out,           // (N,C)
+    bf16* __restrict__ out,           // (N,width)
     float* __restrict__ mean,         // (N)
     float* __restrict__ rstd,         // (N)
     const bf16* __restrict__ inp,     // (N,C)
     const bf16* __restrict__ weight,  // (C)
     const bf16* __restrict__ bias,    // (C)
-    int N, int C) {
+    int N, int C, int width) {
     const int thread = threadIdx.x % ROW_THREADS;
     const int n = (blockIdx.x * blockDim.x + threadIdx.x) / ROW_THREADS;
     if (n >= N) return;  // all threads of the row: no other meets them
@@ -70,8 +70,10 @@ extern "C" __global__ void __launch_bounds__(256) layernorm_forward(
         Pack p = load(reinterpret_cast<const bf16*>(&x[k]));
         const Pack w = load(weight + c), b = load(bias + c);
         for (int i = 0; i < PACK; i++) p.x[i] = (p.x[i] - m) * r * w.x[i] + b.x[i];
-        store(out + row + c, p);
+        store(out + static_cast<size_t>(n) * width + c, p);
     }
+    for (int c = C + thread * PACK; c < width; c += ROW_THREADS * PACK)
+        store(out + static_cast<size_t>(n) * width + c, Pack{c == C ? 1.0f : 0.0f});
     if (thread == 0) {
         mean[n] = m;
         rstd[n] = r;

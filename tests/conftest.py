@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
+from engine.config import BEHIND
 from engine.device import cuda_problem
 from engine.shards import ShardWriter
 from engine.tokenizer import Bytes
@@ -83,6 +85,13 @@ def text(length: int, seed: int = 0) -> str:
     while len(sentences) < length:
         sentences += " ".join(rng.choices(WORDS, k=rng.randint(4, 9))).capitalize() + ". "
     return sentences[:length]
+
+
+def with_one_behind(x: np.ndarray) -> np.ndarray:
+    """Each row with a one and zeros behind it."""
+    behind = np.zeros((*x.shape[:-1], BEHIND), x.dtype)
+    behind[..., 0] = 1
+    return np.concatenate([x, behind], axis=-1)
 
 
 def write_shards(folder: Path, sizes: dict[str, int]) -> Path:

@@ -255,8 +255,8 @@ def install(monkeypatch):
     return found
 
 
-SMALL = cublaslt.Operation(5, 7, 3, False, True, BF16, False, "BIAS")
-OTHER = cublaslt.Operation(7, 3, 5, True, False, F32, True, "DEFAULT")
+SMALL = cublaslt.Operation(5, 7, 3, False, True, BF16, False, "BIAS", 3)
+OTHER = cublaslt.Operation(7, 3, 5, True, False, F32, True, "DEFAULT", 7)
 VARIANT = Variant(2, TILE_ID=11)
 
 

@@ -187,7 +187,7 @@ def test_no_variant_rounds_partial_sums_and_only_long_sums_are_split(stand_in, K
     """Even if proposals did round: the variants take nothing of that."""
     stand_in.proposed = [Variant(2, 10, SPLITK_NUM=4, REDUCTION_SCHEME=4), Variant(2, 10, SPLITK_NUM=3)]
     varied(stand_in).rounding = [Variant(2, 10, SPLITK_NUM=5, REDUCTION_SCHEME=1)]
-    search(SMALL._replace(K=K))
+    search(SMALL._replace(K=K, a_width=K))
     variants = set(variants_run(stand_in)) - set(stand_in.proposed)
     splits = {(1, 0), (3, 2), (4, 2)} if K == cublaslt.LONG_SUM else {(1, 0)}
     assert variants == {Variant(2, tile, *split) for tile in (10, 11, 12) for split in splits}
@@ -271,7 +271,7 @@ def test_a_budget_bounds_how_many_variants_run(stand_in, monkeypatch, M, count):
     """The larger the multiply, the fewer."""
     varied(stand_in, TILE_IDS=list(range(1000)))
     monkeypatch.setattr(cublaslt, "SEARCH_SECONDS", 100.5 * race.FIRST_ROUNDS * cublaslt.PAUSE)
-    operation = SMALL._replace(M=M, K=8, N=int(cublaslt.PAUSE * cublaslt.FLOPS / 16e6))
+    operation = SMALL._replace(M=M, K=8, a_width=8, N=int(cublaslt.PAUSE * cublaslt.FLOPS / 16e6))
     library = cublaslt.library()
     proposals = library._candidates(operation, plan := library._describe(operation))
     assert len(library._variants(operation, plan, proposals)) == count

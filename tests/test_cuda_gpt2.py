@@ -37,9 +37,9 @@ STORED = {
     ("layernorm", "forward"): (0,),
     ("layernorm", "backward"): (0, 1, 2, 8),
     ("linear", "forward"): (0, "pre_gelu"),
-    ("linear", "backward"): (0, 1, 2),
+    ("linear", "backward"): (0, 1, "dbias"),
     ("attention", "forward"): (0,),
-    ("attention", "backward"): (0,),
+    ("attention", "backward"): (0, 5),
     ("gelu", "forward"): (0,),
     ("classifier", "forward_backward"): (1,),
 }

@@ -12,9 +12,11 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from engine import ops
+from engine.config import BEHIND
 from engine.device import cublaslt, cuda, kernels, race, tuning
 from engine.ops.cuda import scratch
 from engine.ops.numpy import rounding
+from tests.conftest import with_one_behind
 from tests.twins import BF16, EPS16, EPS32, F32, assert_within, on, rounded, stored, sum_error
 
 CUDA, EXACT = ops.load("cuda"), ops.load("numpy")
@@ -139,7 +141,10 @@ def test_layernorm_forward(twin, sizes):
     for B, T, C in sizes(*narrow, *wide, None, (1, 1000, 1600), (8, 1024, 768), (1, 300, 8192)):
         inp, weight, bias = normal(B, T, C) * 3 + 1, normal(C) + 1, normal(C)
         out, mean, rstd = twin.nan(B, T, C), twin.nan(B, T, dtype=F32), twin.nan(B, T, dtype=F32)
-        CUDA.layernorm.forward(out, mean, rstd, *(twin.put(x) for x in (inp, weight, bias)))
+        wide, *statistics = twin.nan(B, T, C + BEHIND), twin.nan(B, T, dtype=F32), twin.nan(B, T, dtype=F32)
+        for each in ((out, mean, rstd), (wide, *statistics)):
+            CUDA.layernorm.forward(*each, *(twin.put(x) for x in (inp, weight, bias)))
+        np.testing.assert_array_equal(twin.get(wide), with_one_behind(twin.get(out)))
         x, w, b = rounded(inp), rounded(weight), rounded(bias)
         m, r = layernorm_statistics(x)
         centred = np.abs(x - m[..., None])
@@ -269,9 +274,8 @@ def test_linear_forward(twin, sizes, monkeypatch, kind, fusion):
         inp, weight, bias, skip = normal(B, T, C), normal(OC, C, scale=C**-0.5), normal(OC), normal(B, T, OC)
         out, pre = twin.nan(B, T, OC), twin.nan(B, T, OC)
         options = {"residual": twin.put(skip)} if kind == "residual" else {"pre_gelu": pre} if kind == "gelu" else {}
-        CUDA.linear.forward(
-            *(out, twin.put(inp), twin.put(weight), None if kind == "plain" else twin.put(bias)), **options
-        )
+        given = twin.put(with_one_behind(inp) if kind in ("bias", "gelu") else inp)
+        CUDA.linear.forward(*(out, given, twin.put(weight), None if kind == "plain" else twin.put(bias)), **options)
         x, w = rounded(inp).reshape(-1, C), rounded(weight)
         b = 0 if kind == "plain" else rounded(bias)
         r = rounded(skip).reshape(-1, OC) if kind == "residual" else 0
@@ -290,7 +294,7 @@ def test_linear_forward(twin, sizes, monkeypatch, kind, fusion):
 
 
 @pytest.mark.parametrize("dtype", GRAD_DTYPES)
-@pytest.mark.parametrize(("kind", "fusion"), [("plain", 0), ("gelu", 0), ("gelu", 2)])
+@pytest.mark.parametrize(("kind", "fusion"), [("plain", 0), ("bias", 0), ("gelu", 0), ("gelu", 2)])
 @pytest.mark.parametrize("accumulate", ACCUMULATE)
 def test_linear_backward(twin, sizes, monkeypatch, accumulate, kind, fusion, dtype):
     monkeypatch.setattr(CUDA.linear, "gelu_fusion", fusion)
@@ -299,10 +303,11 @@ def test_linear_backward(twin, sizes, monkeypatch, accumulate, kind, fusion, dty
         pre, weight, dout = normal(B, T, C), normal(OC, C, scale=OC**-0.5), normal(B, T, OC)
         inp = gelu(rounded(pre)) if kind == "gelu" else pre
         dinp = twin.nan(B, T, C)
-        (dweight, w0), (dbias, b0) = (gradient(twin, accumulate, dtype, *shape) for shape in ((OC, C), (C,)))
-        options = {"pre_gelu": twin.put(pre), "dbias_below": dbias} if kind == "gelu" else {}
+        (dweight, w0), (dbias, b0) = (gradient(twin, accumulate, dtype, *shape) for shape in ((OC, C), (OC,)))
+        options = {"gelu": {"pre_gelu": twin.put(pre)}, "bias": {"dbias": dbias}}.get(kind, {})
+        given = twin.put(with_one_behind(inp) if kind == "bias" else inp)
         CUDA.linear.backward(
-            *(dinp, dweight, twin.put(dout), twin.put(inp), twin.put(weight)), **options, accumulate=accumulate
+            *(dinp, dweight, twin.put(dout), given, twin.put(weight)), **options, accumulate=accumulate
         )
         x, p = rounded(inp).reshape(N, C), rounded(pre).reshape(N, C)
         w, dy = rounded(weight), rounded(dout).reshape(N, OC)
@@ -315,13 +320,25 @@ def test_linear_backward(twin, sizes, monkeypatch, accumulate, kind, fusion, dty
             exact = exact * slope
         assert_within(twin.get(dinp).reshape(N, C), exact, stored(exact, error, BF16), "dinp")
         product, error_w = dy.T @ x, sum_error(N + 1) * (np.abs(w0) + np.abs(dy).T @ np.abs(x))
-        if accumulate:  # cublasLt rounds a product to bf16, if the sum is to be bf16, before it adds what was there
+        if accumulate:  # a product is rounded, by cublasLt if the sum is to be bf16, before what was there is added
             error_w = stored(product, error_w, dtype)
         assert_within(twin.get(dweight), w0 + product, stored(w0 + product, error_w, dtype), "dweight")
-        if kind == "gelu":  # the sums are those of dinp as it was stored
-            after = twin.get(dinp).reshape(N, C)
-            exact_b, size_b = b0 + after.sum(axis=0), np.abs(b0) + np.abs(after).sum(axis=0)
-            assert_within(twin.get(dbias), exact_b, stored(exact_b, sum_error(N + 1) * size_b, dtype), "dbias_below")
+        if kind == "bias":
+            sums, error_b = dy.sum(axis=0), sum_error(N + 1) * (np.abs(b0) + np.abs(dy).sum(axis=0))
+            if accumulate:
+                error_b = stored(sums, error_b, dtype)
+            assert_within(twin.get(dbias), b0 + sums, stored(b0 + sums, error_b, dtype), "dbias")
+
+
+@pytest.mark.parametrize("dtype", GRAD_DTYPES)
+@pytest.mark.parametrize("accumulate", ACCUMULATE)
+def test_column_sums(twin, sizes, accumulate, dtype):
+    for N, C in sizes((1, 8), (33, 40), (70, 264), None, (1000, 1600), (8192, 3072)):
+        x = normal(N, C)
+        out, before = gradient(twin, accumulate, dtype, C)
+        CUDA.column_sums.add(out, twin.put(x), accumulate=accumulate)
+        exact, size = before + rounded(x).sum(axis=0), np.abs(before) + np.abs(rounded(x)).sum(axis=0)
+        assert_within(twin.get(out), exact, stored(exact, sum_error(N + 1) * size, dtype), "out")
 
 
 @pytest.fixture
@@ -333,7 +350,10 @@ def tuned_anew(monkeypatch, tmp_path):
     cublaslt.library.cache_clear()
 
 
-TUNED_SIZES = ({"B": 1, "T": 72, "C": 64, "Vp": 384}, {"B": 2, "T": 1024, "C": 768, "Vp": 1152})
+TUNED_SIZES = (
+    {"B": 1, "T": 72, "C": 64, "Cx": 80, "Vp": 384},
+    {"B": 2, "T": 1024, "C": 768, "Cx": 784, "Vp": 1152},
+)
 
 
 @pytest.mark.gpu

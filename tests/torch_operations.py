@@ -26,9 +26,10 @@ def peers(call: Call) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """
     if call.name == "linear.forward":
         out, inp, weight = (matrix(call.arrays[n]) for n in range(3))
-        return {"torch.mm": partial(torch.mm, inp, weight.T, out=out)}, {}
+        return {"torch.mm": partial(torch.mm, inp[:, : weight.shape[1]], weight.T, out=out)}, {}
     if call.name == "linear.backward":
         dinp, dweight, dout, inp, weight = (matrix(call.arrays[n]) for n in range(5))
+        inp = inp[:, : weight.shape[1]]
         return {"2 torch.mm": lambda: (torch.mm(dout, weight, out=dinp), torch.mm(dout.T, inp, out=dweight))}, {}
     found: dict[str, Callable[[], Any]] = {}
     missing: dict[str, str] = {}

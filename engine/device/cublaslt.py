@@ -53,12 +53,19 @@ class Operation(NamedTuple):
     dtype: np.dtype  # of out and of what is added to it; a and b are bf16
     add: bool
     epilogue: str  # the name of one of cublasLt's
+    a_width: int  # elements from a row of a to the next: more than it has columns, if a is a part of a wider array
+
+    @property
+    def a_shape(self) -> tuple[int, int]:
+        """As a lies in memory."""
+        return (self.K, self.M) if self.transpose_a else (self.M, self.K)
 
     @property
     def name(self) -> str:
-        """As tables call it: "512x2304x768 nt bfloat16 BIAS add"."""
+        """As tables call it: "512x2304x768 nt bfloat16 BIAS add"; with " of 784" if a's rows are so wide."""
         transposes = "".join("nt"[transposed] for transposed in (self.transpose_a, self.transpose_b))
-        return f"{self.M}x{self.N}x{self.K} {transposes} {self.dtype} {self.epilogue}" + " add" * self.add
+        wider = f" of {self.a_width}" * (self.a_width > self.a_shape[1])
+        return f"{self.M}x{self.N}x{self.K} {transposes} {self.dtype} {self.epilogue}" + " add" * self.add + wider
 
 
 class Plan(NamedTuple):
@@ -95,8 +102,8 @@ def matmul(
 
     cublasLt may round the product to out's dtype before it adds `add`, and again afterwards: seen on an H100 where out
     is bf16 and there is no bias. a and b are bf16, as is all else but out and add, which may be fp32, and may be the
-    same array. transpose_a: a is (K,M); transpose_b: b is (N,K). With pre_gelu (M,N) =, which takes the sum, out is its
-    GELU. With dgelu (M,N), out is the product times gelu'(dgelu).
+    same array. transpose_a: a is (K,M); transpose_b: b is (N,K). a may be the first columns of a wider array. With
+    pre_gelu (M,N) =, which takes the sum, out is its GELU. With dgelu (M,N), out is the product times gelu'(dgelu).
     """
     (M, N), K = out.shape, a.shape[0] if transpose_a else a.shape[1]
     assert a.shape == ((K, M) if transpose_a else (M, K)), (a.shape, out.shape)
@@ -104,12 +111,16 @@ def matmul(
     assert a.dtype == b.dtype == BF16
     for other in (add, pre_gelu, dgelu):
         assert other is None or other.shape == out.shape
+    a_width = a.strides[0] // a.itemsize
+    assert a.strides[1] == a.itemsize
+    for array in (out, b, add, bias, pre_gelu, dgelu):
+        assert array is None or array.flags.c_contiguous
     for array in (out, a, b, add, bias, pre_gelu, dgelu):
-        assert array is None or (array.flags.c_contiguous and array.data.ptr % ALIGNMENT == 0)
+        assert array is None or array.data.ptr % ALIGNMENT == 0
     assert pre_gelu is None or bias is not None, "cublasLt's GELU comes with a bias"
     epilogue = ((pre_gelu, "GELU_AUX_BIAS"), (dgelu, "DGELU"), (bias, "BIAS"))
     name = next((name for array, name in epilogue if array is not None), "DEFAULT")
-    operation = Operation(M, N, K, transpose_a, transpose_b, np.dtype(out.dtype), add is not None, name)
+    operation = Operation(M, N, K, transpose_a, transpose_b, np.dtype(out.dtype), add is not None, name, a_width)
     library().run(operation, out, a, b, add, bias, dgelu if pre_gelu is None else pre_gelu)
 
 
@@ -205,9 +216,9 @@ class Library:
         if op.epilogue in WITH_AUX:
             describe(attributes.EPILOGUE_AUX_LD, op.N, np.int64)
 
-        a_rows, a_columns = (op.K, op.M) if op.transpose_a else (op.M, op.K)
+        a_rows, a_columns = op.a_shape
         b_rows, b_columns = (op.N, op.K) if op.transpose_b else (op.K, op.N)
-        a = lt.matrix_layout_create(CUDA_TYPES[BF16], a_columns, a_rows, a_columns)
+        a = lt.matrix_layout_create(CUDA_TYPES[BF16], a_columns, a_rows, op.a_width)
         b = lt.matrix_layout_create(CUDA_TYPES[BF16], b_columns, b_rows, b_columns)
         out = lt.matrix_layout_create(CUDA_TYPES[op.dtype], op.N, op.M, op.N)
         return Plan(description, a, b, out, None)
@@ -312,7 +323,7 @@ class Library:
         """
         operands = (
             race.noise((op.M, op.N), op.dtype),
-            race.noise((op.M * op.K,), BF16),
+            race.noise((op.a_shape[0] * op.a_width,), BF16),
             race.noise((op.K * op.N,), BF16),
             race.noise((op.M, op.N), op.dtype) if op.add else None,
             race.noise((op.N,), BF16) if op.epilogue in WITH_BIAS else None,

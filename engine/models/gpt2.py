@@ -91,7 +91,7 @@ ACTIVATIONS = (
     Activation("att", "B,T,C", per_layer=True),
     Activation("lse", "B,NH,T", per_layer=True, statistic=True),
     Activation("mid", "B,T,C", per_layer=True),  # the residual stream between the two branches
-    Activation("ln2", "B,T,C", per_layer=True, recomputed=2),
+    Activation("ln2", "B,T,Cx", per_layer=True, recomputed=2),
     Activation("ln2_mean", "B,T", per_layer=True, statistic=True),
     Activation("ln2_rstd", "B,T", per_layer=True, statistic=True),
     Activation("fc", "B,T,4C", per_layer=True),  # before GELU
@@ -297,19 +297,17 @@ class GPT2:
     ) -> None:
         """s.dx: the gradient of a.out on entry, of x on return. s holds the gradients that no layer keeps.
 
-        A bias gradient comes from the operation that makes the gradient of the linear layer's output: fcb from fcproj's
-        backward, qkvb from attention's, and those of the two projections, which are column sums of dx, from the
-        layernorm.backward above each (dbias_below is that of the layer below).
+        fcb's gradient comes with fcw's. Any other bias's comes from the operation that makes the gradient of the linear
+        layer's output: qkvb's from attention's backward, and those of the two projections, which are column sums of
+        dx, from the layernorm.backward above each (dbias_below is that of the layer below).
         """
         ops = self.ops
         if self.recompute >= 1:
             ops.gelu.forward(a.gelu, a.fc)
         if self.recompute >= 2:
             ops.layernorm.forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.mid, p.ln2w, p.ln2b)
-        ops.linear.backward(
-            *(s.dfc, g.fcprojw, s.dx, a.gelu, p.fcprojw), pre_gelu=a.fc, dbias_below=g.fcb, accumulate=accumulate
-        )
-        ops.linear.backward(s.dbranch, g.fcw, s.dfc, a.ln2, p.fcw, accumulate=accumulate)
+        ops.linear.backward(s.dfc, g.fcprojw, s.dx, a.gelu, p.fcprojw, pre_gelu=a.fc, accumulate=accumulate)
+        ops.linear.backward(s.dbranch, g.fcw, s.dfc, a.ln2, p.fcw, dbias=g.fcb, accumulate=accumulate)
         ops.layernorm.backward(
             *(s.dx, g.ln2w, g.ln2b, s.dbranch, a.mid, p.ln2w, a.ln2_mean, a.ln2_rstd, g.attprojb), accumulate=accumulate
         )

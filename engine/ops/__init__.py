@@ -11,7 +11,7 @@ What every operation promises:
   (`prepare`), and can choose by timing how it computes (`tune`), which a run keeps to (`use_tuning`).
 - Arrays are C-contiguous and allocated by the caller. Scratch memory belongs to the implementation.
 - Shapes: B sequences, T tokens, C channels, NH heads of HS = C / NH, V tokens in the vocabulary padded to Vp,
-  N = B * T rows, OC output channels.
+  N = B * T rows, OC output channels. Cx: a row of C channels with a one and zeros behind it.
 """
 
 from importlib import import_module

@@ -60,13 +60,14 @@ def unsupported(B: int, C: int, HS: int) -> str:
     return ""
 
 
-def scratch_bytes(dims: Mapping[str, int]) -> int:
-    return _most_scratch(dims) + cublaslt.WORKSPACE_BYTES
+def scratch_bytes(dims: Mapping[str, int], grad_dtype: Any) -> int:
+    return _most_scratch(dims, grad_dtype) + cublaslt.WORKSPACE_BYTES
 
 
-def _most_scratch(dims: Mapping[str, int]) -> int:
+def _most_scratch(dims: Mapping[str, int], grad_dtype: Any) -> int:
     """Operations run one after the other, so the one that asks for most says how much there must be."""
-    return max(op.scratch_bytes(dims) for op in (attention, column_sums, embedding, layernorm, norm)) + scratch.PADDING
+    others = (attention, column_sums, embedding, layernorm, norm)
+    return max(linear.scratch_bytes(dims, grad_dtype), *(op.scratch_bytes(dims) for op in others)) + scratch.PADDING
 
 
 def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
@@ -85,6 +86,7 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
         ("gelu", {}),
         ("guard", {}),
         ("layernorm", layernorm.packs(dims["C"]), layernorm.packs(dims["C"]) | grads),
+        ("linear", grads),
         ("norm", grads),
         ("reduce", grads),
         ("sampling", {}),
@@ -94,7 +96,7 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
             kernels.KERNELS.load(source, defines)
     if attention.on_hopper(HS):
         kernels.KERNELS.load("attention_hopper", {"HS": HS})
-    scratch.reserve(_most_scratch(dims))
+    scratch.reserve(_most_scratch(dims, grad_dtype))
     fastest = 2 if cuda.compute_capability() >= 90 else 0
     linear.gelu_fusion = fastest if gelu_fusion == -1 else gelu_fusion
 

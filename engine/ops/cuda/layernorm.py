@@ -25,7 +25,7 @@ def forward(out: Array, mean: Array, rstd: Array, inp: Array, weight: Array, bia
         "layernorm_forward",
         (N if "WIDE" in defines else blocks(N, 8),),
         (256,),
-        *(out, mean, rstd, inp, weight, bias, N, C),
+        *(out, mean, rstd, inp, weight, bias, N, C, out.shape[-1]),
         defines=defines,
     )
 

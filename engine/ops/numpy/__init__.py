@@ -47,8 +47,10 @@ def unsupported(B: int, C: int, HS: int) -> str:
     return ""
 
 
-def scratch_bytes(dims: Mapping[str, int]) -> int:
-    """Memory besides the arguments that the operations take at these sizes (by letter), if it is worth a word."""
+def scratch_bytes(dims: Mapping[str, int], grad_dtype: Any) -> int:
+    """Memory besides the arguments that the operations take at these sizes (by letter) with gradients of grad_dtype, if
+    it is worth a word.
+    """
     return 0
 
 

@@ -24,12 +24,16 @@ def forward(
     weight: np.ndarray,
     bias: np.ndarray,
 ) -> None:
-    """out (B,T,C) = layernorm(inp (B,T,C)); mean (B,T) = and rstd (B,T) = are kept for backward."""
+    """out (B,T,C) = layernorm(inp (B,T,C)); mean (B,T) = and rstd (B,T) = are kept for backward. An out of (B,T,Cx)
+    receives a one and zeros behind each row.
+    """
     inp, out, mean, rstd = rows(inp), rows(out), mean.reshape(-1, 1), rstd.reshape(-1, 1)
     N, C = inp.shape
+    behind = out[:, C:]
+    behind[:, :1], behind[:, 1:] = 1, 0
 
     def normalize(block: slice) -> None:
-        x, y = inp[block], out[block]
+        x, y = inp[block], out[block, :C]
         mean[block] = np.einsum("nc->n", x)[:, None] / C
         np.subtract(x, mean[block], out=y)
         variance = np.einsum("nc,nc->n", y, y)[:, None] / C

@@ -6,18 +6,19 @@ forward   out = inp @ weight^T + bias                       (weight is (OC,C), a
 
 backward  dinp     = dout @ weight                          (times gelu'(pre_gelu) where inp was gelu(pre_gelu))
           dweight  = dout^T @ inp                           (+= with accumulate)
+          dbias    = sum_n(dout)                            (+= with accumulate)
 
-The gradient of a bias is sum_n(dout). Whoever makes dout adds up its columns along with it: layernorm.backward those of
-its dinp, attention.backward those of dqkv, and backward here those of dinp, for the layer below.
+Where inp has a one behind each row, dbias is one more column of dweight. Elsewhere who makes dout adds up its columns
+along with it: layernorm.backward those of its dinp, attention.backward those of dqkv.
 """
 
 from functools import partial
 
 import numpy as np
 
-from engine.ops.numpy import column_sums, gelu
+from engine.ops.numpy import gelu
 from engine.ops.numpy.parallel import matmul_blocks, run
-from engine.ops.numpy.scratch import rows, scratch
+from engine.ops.numpy.scratch import rows, scratch, write
 
 
 def forward(
@@ -29,11 +30,11 @@ def forward(
     residual: np.ndarray | None = None,
     pre_gelu: np.ndarray | None = None,
 ) -> None:
-    """out (B,T,OC) = inp (B,T,C) @ weight (OC,C)^T, plus bias (OC), plus residual (B,T,OC).
+    """out (B,T,OC) = inp (B,T,C or Cx) @ weight (OC,C)^T, plus bias (OC), plus residual (B,T,OC).
 
     With pre_gelu (B,T,OC) =, the sum is kept there for backward and out is its GELU.
     """
-    out, inp = rows(out), rows(inp)
+    out, inp = rows(out), rows(inp)[:, : weight.shape[1]]
     y = out if pre_gelu is None else rows(pre_gelu)
     skip = None if residual is None else rows(residual)
 
@@ -57,16 +58,16 @@ def backward(
     weight: np.ndarray,
     *,
     pre_gelu: np.ndarray | None = None,
-    dbias_below: np.ndarray | None = None,
+    dbias: np.ndarray | None = None,
     accumulate: bool,
 ) -> None:
-    """dinp (B,T,C) =, dweight (OC,C) =; dout (B,T,OC), inp (B,T,C) as forward saw it.
+    """dinp (B,T,C) =, dweight (OC,C) =; dout (B,T,OC), inp (B,T,C or Cx) as forward saw it.
 
-    With pre_gelu (B,T,C), inp was gelu(pre_gelu), and dinp is the gradient of pre_gelu. dbias_below (C) =, which may
-    be given then, receives the column sums of dinp: the bias gradient of the layer whose output pre_gelu was. With
-    accumulate, dweight and dbias_below +=.
+    With pre_gelu (B,T,C), inp was gelu(pre_gelu), and dinp is the gradient of pre_gelu. dbias (OC) = where it is given,
+    for which inp is (B,T,Cx). With accumulate, dweight and dbias +=.
     """
-    dout, dx, x = rows(dout), rows(dinp), rows(inp)
+    C = weight.shape[1]
+    dout, dx, x = rows(dout), rows(dinp), rows(inp)[:, : C + (dbias is not None)]
     pre = None if pre_gelu is None else rows(pre_gelu)
 
     def input_gradient(block: slice) -> None:
@@ -76,14 +77,15 @@ def backward(
 
     def weight_gradient(block: slice) -> None:
         dy = dout[:, block]
-        if accumulate:
-            dweight[block] += np.matmul(dy.T, x, out=scratch("linear.dweight", dweight[block].shape, x.dtype))
-        else:
+        if dbias is None and not accumulate:
             np.matmul(dy.T, x, out=dweight[block])
+            return
+        product = np.matmul(dy.T, x, out=scratch("linear.dweight", (dy.shape[1], x.shape[1]), x.dtype))
+        write(dweight[block], product[:, :C], accumulate)
+        if dbias is not None:
+            write(dbias[block], product[:, C], accumulate)
 
     run(
         [partial(input_gradient, block) for block in matmul_blocks(len(dx))]
         + [partial(weight_gradient, block) for block in matmul_blocks(len(dweight))]
     )
-    if dbias_below is not None:
-        column_sums.add(dbias_below, dinp, accumulate=accumulate)
