@@ -88,10 +88,9 @@ __device__ __forceinline__ void add_product(Tile<HS>& tile, const unsigned (&a)[
     for (int k = 0; k < ROWS / 16; k++) product_64x16<true>(tile.x, a[k], behind(b, k * 16 * 64 * 2), true);
 }
 
-// A warp's tile * scale to its 16 of the 64 rows from `first` on, by way of its own rows of shared memory. Returns, of
-// the columns that this lane has stored, the sums over the rows that it has, rounded as they are in memory.
-__device__ __forceinline__ Pack
-store_tile(bf16* head, size_t pitch, int first, int T, bf16* rows, const Tile<HS>& tile, float scale0, float scale1) {
+// A warp's tile * scale to its 16 of the 64 rows from `first` on, by way of its own rows of shared memory.
+__device__ __forceinline__ void store_tile(
+    bf16* head, size_t pitch, int first, int T, bf16* rows, const Tile<HS>& tile, float scale0, float scale1) {
     const int lane = threadIdx.x % WARP, mine = threadIdx.x / WARP % 4 * 16;
 #pragma unroll
     for (int n = 0; n < HS / 8; n++) {
@@ -102,47 +101,14 @@ store_tile(bf16* head, size_t pitch, int first, int T, bf16* rows, const Tile<HS
             pack_bf16(tile.x[n][2] * scale1, tile.x[n][3] * scale1);
     }
     __syncwarp();
-    Pack sum = {};
 #pragma unroll
     for (int i = lane; i < 16 * PACKS; i += WARP) {
         const int row = mine + i / PACKS, column = i % PACKS * PACK;
-        if (first + row < T) {
-            const bf16* const pack = rows + place(row, column);
-            const Pack p = load(pack);
-#pragma unroll
-            for (int j = 0; j < PACK; j++) sum.x[j] += p.x[j];
-            *reinterpret_cast<uint4*>(head + (first + row) * pitch + column) = *reinterpret_cast<const uint4*>(pack);
-        }
+        if (first + row < T)
+            *reinterpret_cast<uint4*>(head + (first + row) * pitch + column) =
+                *reinterpret_cast<const uint4*>(rows + place(row, column));
     }
-    return sum;
 }
-
-// Where the warps of a warpgroup put the sums of the columns of the 16 rows that each has of some tiles.
-template <int TILES>
-struct ColumnSums {
-    __align__(16) float x[GROUP / WARP][TILES][HS];
-
-    // A warp, of what store_tile returned.
-    __device__ __forceinline__ void put(int tile, Pack sum) {
-        const int lane = threadIdx.x % WARP;
-#pragma unroll
-        for (int offset = PACKS; offset < WARP; offset *= 2)  // the lanes that have the same columns of other rows
-#pragma unroll
-            for (int i = 0; i < PACK; i++) sum.x[i] += __shfl_xor_sync(ALL_LANES, sum.x[i], offset);
-        if (lane < PACKS) store(x[threadIdx.x / WARP][tile] + lane * PACK, sum);
-    }
-    // A block of one warpgroup: the sums over its 64 rows. `out`: the first tile's columns, those of the next C behind.
-    __device__ __forceinline__ void store_sums(float* out, int C) {
-        __syncthreads();
-#pragma unroll
-        for (int i = threadIdx.x; i < TILES * HS; i += GROUP) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int warp = 0; warp < GROUP / WARP; warp++) sum += x[warp][i / HS][i % HS];
-            out[i / HS * C + i % HS] = sum;
-        }
-    }
-};
 
 // The ring of stages, for what comes in steps. A stage is full when its bytes are there, and empty when all have left
 // it who use it.
@@ -337,7 +303,6 @@ struct Row {
 // The gradients of 64 queries of a head, and what backward over keys has to know of them: ceil(T / 64) B NH blocks.
 extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_backward_q(
     bf16* __restrict__ dqkv,                      // (B,T,3,NH,HS)
-    float* __restrict__ partial,                  // (B,blocks,3,NH,HS)
     float* __restrict__ statistics,               // (B,NH,blocks,2,64): lse, in base 2, and D
     const unsigned long long* __restrict__ dout,  // (16)
     const unsigned long long* __restrict__ qkv,   // (16)
@@ -351,7 +316,6 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
     bf16* const v = k + STAGES * HEAD;  // and values
     __shared__ Ring ring;
     __shared__ Barrier queries;
-    __shared__ ColumnSums<1> sums;
 
     const Task task(B, NH, blocks, tail);
     const int C = NH * HS, column = task.column, b = task.b, block = blocks - 1 - task.share;
@@ -437,15 +401,13 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
         ring.leave_together(step);
     }
     const size_t pitch = 3 * static_cast<size_t>(C);
-    sums.put(0, store_tile(dqkv + b * T * pitch + column, pitch, first, T, q, dq, scale, scale));
-    sums.store_sums(partial + (b * blocks + block) * pitch + column, C);
+    store_tile(dqkv + b * T * pitch + column, pitch, first, T, q, dq, scale, scale);
 }
 
 // The gradients of 64 keys and values of a head: ceil(T / 64) B NH blocks. Scores are transposed here: rows are keys,
 // columns queries.
 extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_backward_kv(
     bf16* __restrict__ dqkv,                      // (B,T,3,NH,HS)
-    float* __restrict__ partial,                  // (B,blocks,3,NH,HS)
     const unsigned long long* __restrict__ dout,  // (16)
     const unsigned long long* __restrict__ qkv,   // (16)
     const float* __restrict__ statistics,         // (B,NH,blocks,2,64), of backward over queries
@@ -458,7 +420,6 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
     __shared__ Ring ring;
     __shared__ Barrier keys;
     __shared__ __align__(16) float queries[STAGES][2][ROWS];  // their statistics
-    __shared__ ColumnSums<2> sums;
 
     const Task task(B, NH, blocks, tail);
     const int C = NH * HS, column = task.column, b = task.b, block = task.share;
@@ -542,7 +503,6 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
     }
     const size_t pitch = 3 * static_cast<size_t>(C);
     bf16* const dhead = dqkv + b * T * pitch + column;
-    sums.put(0, store_tile(dhead + C, pitch, first, T, k, dk, scale, scale));
-    sums.put(1, store_tile(dhead + 2 * C, pitch, first, T, v, dv, 1.0f, 1.0f));
-    sums.store_sums(partial + (b * blocks + block) * pitch + C + column, C);
+    store_tile(dhead + C, pitch, first, T, k, dk, scale, scale);
+    store_tile(dhead + 2 * C, pitch, first, T, v, dv, 1.0f, 1.0f);
 }

@@ -97,22 +97,3 @@ __device__ __forceinline__ float block_max(float x) {
     __syncthreads();
     return x;
 }
-
-// out (columns) = the sums of the columns of x (rows, columns), whose rows lie `stride` apart; += with accumulate. A
-// block of (32, 32) threads takes 32 columns; blocks along x. Every warp adds up some of the rows, then the warps' sums
-// are added in order.
-__device__ __forceinline__ void add_column_sums(
-    grad_t* out, const float* x, int accumulate, int rows, int stride, int columns) {
-    __shared__ float partial[WARP][WARP + 1];
-    const int column = blockIdx.x * WARP + threadIdx.x;
-    float sum = 0.0f;
-    if (column < columns)
-        for (int row = threadIdx.y; row < rows; row += WARP) sum += x[static_cast<size_t>(row) * stride + column];
-    partial[threadIdx.y][threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y == 0 && column < columns) {
-        float total = 0.0f;
-        for (int warp = 0; warp < WARP; warp++) total += partial[warp][threadIdx.x];
-        narrow(out[column], (accumulate ? widen(out[column]) : 0.0f) + total);
-    }
-}

@@ -182,7 +182,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) layernorm_backward(
     }
 }
 
-// What the blocks have left in partial, added up: blockIdx.y tells of which gradient. dinp_sum may be null.
+// What the blocks have left in partial, added up: blockIdx.y tells of which gradient. A block of (32, 32) threads takes
+// 32 columns; every warp adds up those of some blocks, then the warps' sums are added in order. dinp_sum may be null.
 extern "C" __global__ void layernorm_backward_sums(
     grad_t* __restrict__ dweight,       // (C)
     grad_t* __restrict__ dbias,         // (C)
@@ -190,5 +191,18 @@ extern "C" __global__ void layernorm_backward_sums(
     const float* __restrict__ partial,  // (blocks,3,C)
     int accumulate, int blocks, int C) {
     grad_t* const out = blockIdx.y == 0 ? dweight : blockIdx.y == 1 ? dbias : dinp_sum;
-    if (out) add_column_sums(out, partial + blockIdx.y * C, accumulate, blocks, 3 * C, C);
+    if (!out) return;
+    __shared__ float sums[WARP][WARP + 1];
+    const int column = blockIdx.x * WARP + threadIdx.x;
+    float sum = 0.0f;
+    if (column < C)
+        for (int block = threadIdx.y; block < blocks; block += WARP)
+            sum += partial[(static_cast<size_t>(block) * 3 + blockIdx.y) * C + column];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && column < C) {
+        float total = 0.0f;
+        for (int warp = 0; warp < WARP; warp++) total += sums[warp][threadIdx.x];
+        narrow(out[column], (accumulate ? widen(out[column]) : 0.0f) + total);
+    }
 }

@@ -1,5 +1,5 @@
-// The gradients of a linear layer's weight and bias, of one product dout^T inp, whose inp has a one behind each row: they
-// are its first C columns and the next; =, += with accumulate.
+// The gradients of a linear layer's weight and bias, of one product dout^T inp, whose inp has a one behind each row:
+// they are its first C columns and the next; =, += with accumulate.
 //
 // variants: GRAD_FP32
 #include <common.cuh>

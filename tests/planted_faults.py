@@ -47,7 +47,6 @@ TESTS = {
     "attention.cuh": "test_attention",
     "attention_hopper.cu": "test_attention and True",
     "classifier.cu": "test_classifier",
-    "column_sums.cu": "test_column_sums",
     "embedding.cu": "test_embedding_backward",
     "embedding.cu embedding_forward": "test_embedding_forward",
     "gelu.cu": "test_gelu",
@@ -215,12 +214,11 @@ FAULTS = (
         ("the first 16 rows of b in each product", "behind(b, k * 16 * 64 * 2)", "behind(b, 0)"),
         ("the other 64 columns not beside the first", "factor(rows, BOX * 2)", "factor(rows, BOX)"),
         ("one row too many is written", "if (first + row < T)", "if (first + row <= T)"),
-        ("no __syncwarp before the rows are read", "    __syncwarp();\n    Pack sum", "    Pack sum"),
-        ("a lane's last row for the sum of its rows", "sum.x[j] += p.x[j]", "sum.x[j] = p.x[j]"),
-        ("half of a warp's rows in its sums", "offset = PACKS; offset < WARP;", "offset = PACKS; offset < WARP / 2;"),
-        ("a warp's sums lost", "warp < GROUP / WARP; warp++", "warp < GROUP / WARP - 1; warp++"),
-        ("the other warps' sums not waited for", "        __syncthreads();\n#pragma", "#pragma"),
-        ("the second tile's sums in the first one's place", "out[i / HS * C + i % HS]", "out[i % HS]"),
+        (
+            "no __syncwarp before the rows are read",
+            "    __syncwarp();\n#pragma unroll\n    for (int i = lane",
+            "#pragma unroll\n    for (int i = lane",
+        ),
         (
             "half of the channels in D",
             "i < PACKS / 4; i++) {\n            const Pack y",
@@ -312,9 +310,6 @@ FAULTS = (
         ("the last gradient not waited for", "        products_wait<0>();\n        products_done(dq.x);\n", ""),
         ("a stage is never left", "        ring.leave_together(step);\n", ""),
         ("dq not scaled", "q, dq, scale, scale", "q, dq, 1.0f, 1.0f"),
-        ("dq's sums at those of dk", "* pitch + column, C)", "* pitch + C + column, C)"),
-        ("the sums of all blocks in one row", "(b * blocks + block)", "(b * blocks)"),
-        ("the sums of all sequences in the first one's rows", "(b * blocks + block)", "block"),
     ),
     *_in(
         "attention_hopper.cu attention_hopper_backward_q",
@@ -350,10 +345,6 @@ FAULTS = (
         ("a stage is never left", "        ring.leave(step);", "        "),
         ("dk not scaled", "k, dk, scale, scale", "k, dk, 1.0f, 1.0f"),
         ("dv scaled", "v, dv, 1.0f, 1.0f", "v, dv, scale, scale"),
-        ("dv's sums with dk's", "put(1, store_tile", "put(0, store_tile"),
-        ("the sums of dk and dv at those of dq", "* pitch + C + column, C)", "* pitch + column, C)"),
-        ("the sums of all blocks in one row", "(b * blocks + block)", "(b * blocks)"),
-        ("the sums of all sequences in the first one's rows", "(b * blocks + block)", "block"),
     ),
     *_in(
         "attention_hopper.cu attention_hopper_backward_kv",
@@ -398,18 +389,6 @@ FAULTS = (
         "classifier.cu classifier_add_mean",
         ("= for +=", "*mean += share", "*mean = share"),
         ("the sum for the mean", "(sum / N)", "sum"),
-    ),
-    *_in(
-        "column_sums.cu column_sums_of_blocks",
-        ("no barrier before the warps' sums are read", "    __syncthreads();\n", ""),
-        ("a warp's sum lost", "w < WARPS", "w < WARPS - 1"),
-        ("the last row of a block lost", "(blockIdx.y + 1) * rows, N)", "(blockIdx.y + 1) * rows - 1, N)"),
-        ("all blocks in one row of partial", "partial + static_cast<size_t>(blockIdx.y) * C", "partial"),
-        ("the second 256 columns", "(blockIdx.x * WARP + lane) * PACK", "lane * PACK"),
-    ),
-    *_in(
-        "column_sums.cu column_sums_add",
-        ("the last block's sums lost", "accumulate, blocks, C", "accumulate, blocks - 1, C"),
     ),
     *_in(
         "embedding.cu embedding_forward",
@@ -548,11 +527,20 @@ FAULTS = (
     ),
     *_in(
         "layernorm.cu layernorm_backward_sums",
-        ("rows of partial at C for 3 C", "blocks, 3 * C, C", "blocks, C, C"),
+        ("rows of partial of one gradient for three", "static_cast<size_t>(block) * 3", "static_cast<size_t>(block)"),
+        ("no barrier before the warps' sums are read", "    __syncthreads();\n", ""),
+        ("= for +=", "accumulate ? widen(out[column]) : 0.0f", "0.0f"),
+        ("+= for =", "accumulate ? widen(out[column]) : 0.0f", "widen(out[column])"),
+        ("a warp's sum lost", "warp = 0; warp < WARP", "warp = 1; warp < WARP"),
+        (
+            "32 blocks at most",
+            "for (int block = threadIdx.y; block < blocks; block += WARP)",
+            "if (int block = threadIdx.y; block < blocks)",
+        ),
     ),
     *_in(
         "layernorm.cu layernorm_backward_sums",
-        ("a null gradient written to", "if (out) add", "add"),
+        ("a null gradient written to", "    if (!out) return;\n", ""),
         tests="test_layernorm_backward and False",
     ),
     *_in(
@@ -740,23 +728,6 @@ FAULTS = (
         "common.cuh block_max",
         ("a maximum of at least 0", "partial[lane] : -INF", "partial[lane] : 0.0f"),
         tests="test_sampling",
-    ),
-    *_in(
-        "common.cuh add_column_sums",
-        ("no barrier before the warps' sums are read", "    __syncthreads();\n", ""),
-        ("= for +=", "accumulate ? widen(out[column]) : 0.0f", "0.0f"),
-        ("+= for =", "accumulate ? widen(out[column]) : 0.0f", "widen(out[column])"),
-        ("a warp's sum lost", "warp = 0; warp < WARP", "warp = 1; warp < WARP"),
-        tests="test_column_sums",
-    ),
-    *_in(
-        "common.cuh add_column_sums",
-        (
-            "32 rows at most",
-            "for (int row = threadIdx.y; row < rows; row += WARP)",
-            "if (int row = threadIdx.y; row < rows)",
-        ),
-        tests="test_layernorm_backward",
     ),
 )
 

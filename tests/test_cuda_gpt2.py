@@ -39,7 +39,7 @@ STORED = {
     ("linear", "forward"): (0, "pre_gelu"),
     ("linear", "backward"): (0, 1, "dbias"),
     ("attention", "forward"): (0,),
-    ("attention", "backward"): (0, 5),
+    ("attention", "backward"): (0,),
     ("gelu", "forward"): (0,),
     ("classifier", "forward_backward"): (1,),
 }

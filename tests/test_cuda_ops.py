@@ -330,17 +330,6 @@ def test_linear_backward(twin, sizes, monkeypatch, accumulate, kind, fusion, dty
             assert_within(twin.get(dbias), b0 + sums, stored(b0 + sums, error_b, dtype), "dbias")
 
 
-@pytest.mark.parametrize("dtype", GRAD_DTYPES)
-@pytest.mark.parametrize("accumulate", ACCUMULATE)
-def test_column_sums(twin, sizes, accumulate, dtype):
-    for N, C in sizes((1, 8), (33, 40), (70, 264), None, (1000, 1600), (8192, 3072)):
-        x = normal(N, C)
-        out, before = gradient(twin, accumulate, dtype, C)
-        CUDA.column_sums.add(out, twin.put(x), accumulate=accumulate)
-        exact, size = before + rounded(x).sum(axis=0), np.abs(before) + np.abs(rounded(x)).sum(axis=0)
-        assert_within(twin.get(out), exact, stored(exact, sum_error(N + 1) * size, dtype), "out")
-
-
 @pytest.fixture
 def tuned_anew(monkeypatch, tmp_path):
     """cublasLt with an empty cache on the disk, and no table in use."""
@@ -573,17 +562,9 @@ def test_attention(twin, sizes, monkeypatch, for_hopper):
 
         dqkv = twin.nan(B, T, 3 * C)
         device_lse = among_nan(twin, twin.get(lse), F32)
-        accumulate = HS < 128  # one way or the other, with and without Hopper's kernels
-        dbias, b0 = gradient(twin, accumulate, F32, 3 * C)
-        CUDA.attention.backward(
-            *(dqkv, among_nan(twin, dout), device_qkv, out, device_lse, dbias), accumulate=accumulate
-        )
+        CUDA.attention.backward(dqkv, among_nan(twin, dout), device_qkv, out, device_lse)
         exact_dqkv, bound = exact.backward(rounded(dout), twin.get(out), twin.get(lse))
         assert_within(twin.get(dqkv), exact_dqkv, bound, f"dqkv {B, T, NH, HS}")
-        after = twin.get(dqkv).reshape(B * T, 3 * C)  # the sums are those of dqkv as it was stored
-        exact_b, size_b = b0 + after.sum(axis=0), np.abs(b0) + np.abs(after).sum(axis=0)
-        bound = stored(exact_b, sum_error(B * T + 1) * size_b, F32)
-        assert_within(twin.get(dbias), exact_b, bound, f"dbias {B, T, NH, HS}")
         twin.check_guards()
 
 
@@ -591,15 +572,14 @@ def test_attention_in_float64_is_the_specification():
     """The bounds above hold to the numpy twin, not to a second opinion."""
     B, T, NH, HS = 2, 70, 2, 16
     qkv, dout = normal(B, T, 3 * NH * HS), normal(B, T, NH * HS)
-    out, lse, dqkv, dbias = np.empty_like(dout), np.empty((B, NH, T)), np.empty_like(qkv), np.zeros(3 * NH * HS)
+    out, lse, dqkv = np.empty_like(dout), np.empty((B, NH, T)), np.empty_like(qkv)
     EXACT.attention.forward(out, lse, qkv)
-    EXACT.attention.backward(dqkv, dout, qkv, out, lse, dbias, accumulate=False)
+    EXACT.attention.backward(dqkv, dout, qkv, out, lse)
     exact = Attention(qkv, NH)
     again, _, lse_again, _ = exact.forward()
     np.testing.assert_allclose(again, out, rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(lse_again, lse, rtol=1e-12)
     np.testing.assert_allclose(exact.backward(dout, out, lse)[0], dqkv, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(dbias, dqkv.sum(axis=(0, 1)), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("for_hopper", [False, True])
@@ -642,7 +622,7 @@ def test_attention_of_one_row_that_grows(twin, monkeypatch, for_hopper, row):
 def hopper_attention(twin, monkeypatch):
     """Runs Hopper's kernels with so many heads in the tail; of a kernel named, its first blocks alone.
 
-    Returns (out, lse, dqkv, dbias).
+    Returns (out, lse, dqkv).
     """
     if not hopper(twin):
         pytest.skip("this GPU is no Hopper")
@@ -665,12 +645,12 @@ def hopper_attention(twin, monkeypatch):
         monkeypatch.setattr(attention, "MULTIPROCESSORS", 1)
         C = NH * HS
         out, lse, dqkv = twin.nan(B, T, C), twin.nan(B, NH, T, dtype=F32), twin.nan(B, T, 3 * C)
-        dbias, device_qkv = twin.nan(3 * C, dtype=F32), twin.put(qkv)
+        device_qkv = twin.put(qkv)
         attention.forward(out, lse, device_qkv)
-        attention.backward(dqkv, twin.put(dout), device_qkv, out, lse, dbias, accumulate=False)
+        attention.backward(dqkv, twin.put(dout), device_qkv, out, lse)
         assert tails == 3 * [tail]
         twin.check_guards()
-        return [twin.get(array) for array in (out, lse, dqkv, dbias)]
+        return [twin.get(array) for array in (out, lse, dqkv)]
 
     return run
 

@@ -201,7 +201,7 @@ def test_the_multiplies_that_are_tuned_are_those_of_a_step(stand_in, monkeypatch
         model.backward(tokens, tokens, 1.0, accumulate=accumulate)
     dims = config.dims() | {"B": 2, "T": 16}
     listed = CUDA.linear.multiplies(dims, grad_dtype, fusion, accumulates)
-    assert len(set(listed)) == len(listed) == (19 if accumulates else 15)
+    assert len(set(listed)) == len(listed) == (18 if accumulates else 15)
     assert set(listed) == asked
 
 

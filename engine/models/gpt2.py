@@ -84,7 +84,7 @@ class Activation:
 
 ACTIVATIONS = (
     Activation("encoded", "B,T,C"),
-    Activation("ln1", "B,T,C", per_layer=True, recomputed=2),
+    Activation("ln1", "B,T,Cx", per_layer=True, recomputed=2),
     Activation("ln1_mean", "B,T", per_layer=True, statistic=True),
     Activation("ln1_rstd", "B,T", per_layer=True, statistic=True),
     Activation("qkv", "B,T,3C", per_layer=True),
@@ -297,9 +297,8 @@ class GPT2:
     ) -> None:
         """s.dx: the gradient of a.out on entry, of x on return. s holds the gradients that no layer keeps.
 
-        fcb's gradient comes with fcw's. Any other bias's comes from the operation that makes the gradient of the linear
-        layer's output: qkvb's from attention's backward, and those of the two projections, which are column sums of
-        dx, from the layernorm.backward above each (dbias_below is that of the layer below).
+        The gradients of qkvb and fcb come with those of their weights; those of the two projections' biases, which are
+        column sums of dx, from the layernorm.backward above each (dbias_below is that of the layer below).
         """
         ops = self.ops
         if self.recompute >= 1:
@@ -315,8 +314,8 @@ class GPT2:
         if self.recompute >= 2:
             ops.layernorm.forward(a.ln1, a.ln1_mean, a.ln1_rstd, x, p.ln1w, p.ln1b)
         ops.linear.backward(s.dbranch, g.attprojw, s.dx, a.att, p.attprojw, accumulate=accumulate)
-        ops.attention.backward(s.dqkv, s.dbranch, a.qkv, a.att, a.lse, g.qkvb, accumulate=accumulate)
-        ops.linear.backward(s.dbranch, g.qkvw, s.dqkv, a.ln1, p.qkvw, accumulate=accumulate)
+        ops.attention.backward(s.dqkv, s.dbranch, a.qkv, a.att, a.lse)
+        ops.linear.backward(s.dbranch, g.qkvw, s.dqkv, a.ln1, p.qkvw, dbias=g.qkvb, accumulate=accumulate)
         ops.layernorm.backward(
             *(s.dx, g.ln1w, g.ln1b, s.dbranch, x, p.ln1w, a.ln1_mean, a.ln1_rstd, dbias_below), accumulate=accumulate
         )

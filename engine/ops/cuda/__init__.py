@@ -14,7 +14,6 @@ from engine.ops.cuda import (
     adamw,
     attention,
     classifier,
-    column_sums,
     embedding,
     gelu,
     guard,
@@ -66,7 +65,7 @@ def scratch_bytes(dims: Mapping[str, int], grad_dtype: Any) -> int:
 
 def _most_scratch(dims: Mapping[str, int], grad_dtype: Any) -> int:
     """Operations run one after the other, so the one that asks for most says how much there must be."""
-    others = (attention, column_sums, embedding, layernorm, norm)
+    others = (attention, embedding, layernorm, norm)
     return max(linear.scratch_bytes(dims, grad_dtype), *(op.scratch_bytes(dims) for op in others)) + scratch.PADDING
 
 
@@ -81,7 +80,6 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
         ("adamw", grads),
         ("attention", {"HS": HS}),
         ("classifier", {}, classifier.holds_row(dims["Vp"])),
-        ("column_sums", grads),
         ("embedding", {}, grads),
         ("gelu", {}),
         ("guard", {}),

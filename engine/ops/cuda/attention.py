@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from engine.device import kernels, tensor_map
-from engine.ops.cuda import column_sums
 from engine.ops.cuda.scratch import MULTIPROCESSORS, blocks, scratch
 
 Array = Any
@@ -33,15 +32,14 @@ def forward(out: Array, lse: Array, qkv: Array) -> None:
         _launch("forward", B, NH, T, HS, out, lse, qkv)
 
 
-def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias: Array, *, accumulate: bool) -> None:
+def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array) -> None:
     (B, NH, T), HS = lse.shape, out.shape[-1] // lse.shape[1]
-    count = blocks(T, ROWS)
     if on_hopper(HS):
-        statistics, partial = scratch(((B, NH, count, 2, ROWS), np.float32), ((B * count, 3 * NH * HS), np.float32))
+        count = blocks(T, ROWS)
+        (statistics,) = scratch(((B, NH, count, 2, ROWS), np.float32))
         maps = tensor_map.rows(dout, B, T, NH * HS), tensor_map.rows(qkv, B, T, 3 * NH * HS)
-        _launch_hopper("backward_q", B, NH, T, HS, dqkv, partial, statistics, *maps, out, lse, count)
-        _launch_hopper("backward_kv", B, NH, T, HS, dqkv, partial, *maps, statistics, count)
-        column_sums.add_partial(dbias, partial, accumulate=accumulate)
+        _launch_hopper("backward_q", B, NH, T, HS, dqkv, statistics, *maps, out, lse, count)
+        _launch_hopper("backward_kv", B, NH, T, HS, dqkv, *maps, statistics, count)
         return
     (D,) = scratch((lse.shape, np.float32))
     kernels.launch(
@@ -54,14 +52,13 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, dbias
     )
     _launch("backward_kv", B, NH, T, HS, dqkv, dout, qkv, lse, D)
     _launch("backward_q", B, NH, T, HS, dqkv, dout, qkv, lse, D)
-    column_sums.add(dbias, dqkv, accumulate=accumulate)
 
 
 def scratch_bytes(dims: Mapping[str, int]) -> int:
-    """D; of heads that Hopper's kernels are for, lse and D, and the sums of each ROWS rows of dqkv."""
+    """D; of heads that Hopper's kernels are for, lse and D."""
     B, T, NH, C = (dims[name] for name in ("B", "T", "NH", "C"))
     if C // NH in FORWARD_GROUPS:
-        return B * blocks(T, ROWS) * (NH * 2 * ROWS + 3 * C) * 4
+        return B * NH * blocks(T, ROWS) * 2 * ROWS * 4
     return B * NH * T * 4
 
 

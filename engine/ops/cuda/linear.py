@@ -130,7 +130,7 @@ def multiplies(
     gelu_bias, dgelu = "GELU_AUX_BIAS" if gelu_fusion >= 1 else "BIAS", "DGELU" if gelu_fusion >= 2 else "DEFAULT"
     found = []
     for OC, IC, width, epilogue, residual, before in (
-        (3 * C, C, C, "BIAS", False, "DEFAULT"),
+        (3 * C, C, dims["Cx"], "BIAS", False, "DEFAULT"),
         (C, C, C, "BIAS", True, "DEFAULT"),
         (4 * C, C, dims["Cx"], gelu_bias, False, "DEFAULT"),
         (C, 4 * C, 4 * C, "BIAS", True, dgelu),

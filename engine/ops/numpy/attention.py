@@ -6,7 +6,6 @@ forward   S = q k^T / sqrt(HS), for keys at or before the query      lse = log(s
 backward  P again, from q, k and lse; then with D = sum_hs(dout * out)
           dv = P^T dout     dP = dout v^T     dS = P * (dP - D)     dq = dS k / sqrt(HS)     dk = dS^T q / sqrt(HS)
           (D is sum_k(P * dP): Dao et al. 2022, arXiv 2205.14135, appendix B.2)
-          dbias = sum_n(dqkv)                      (+= with accumulate)
 
 Queries go in blocks: a block needs only the keys up to its own end, which halves the work and bounds the memory.
 Scores are held transposed, (keys, queries): sums over keys then run along whole vectors of queries.
@@ -17,7 +16,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from engine.ops.numpy import column_sums
 from engine.ops.numpy.parallel import for_each_block
 from engine.ops.numpy.scratch import scratch
 
@@ -49,14 +47,8 @@ def backward(
     qkv: np.ndarray,
     out: np.ndarray,
     lse: np.ndarray,
-    dbias: np.ndarray,
-    *,
-    accumulate: bool,
 ) -> None:
-    """dqkv (B,T,3C) =; dout (B,T,C), and qkv, out and lse as forward saw and left them.
-
-    dbias (3C) = the column sums of dqkv: the bias gradient of the layer that made qkv; += with accumulate.
-    """
+    """dqkv (B,T,3C) =; dout (B,T,C), and qkv, out and lse as forward saw and left them."""
     q, k, v, o = *_heads(qkv, lse, 3), *_heads(out, lse, 1)
     dq, dk, dv, do = *_heads(dqkv, lse, 3), *_heads(dout, lse, 1)
     T, HS = q.shape[2:]
@@ -86,7 +78,6 @@ def backward(
                 dk[batch, :, keys] += dS @ qb
 
     for_each_block(attend, len(q), q[0].size + lse[0].size * T)
-    column_sums.add(dbias, dqkv, accumulate=accumulate)
 
 
 def _heads(packed: np.ndarray, lse: np.ndarray, parts: int) -> list[np.ndarray]:

@@ -8,8 +8,8 @@ backward  dinp     = dout @ weight                          (times gelu'(pre_gel
           dweight  = dout^T @ inp                           (+= with accumulate)
           dbias    = sum_n(dout)                            (+= with accumulate)
 
-Where inp has a one behind each row, dbias is one more column of dweight. Elsewhere who makes dout adds up its columns
-along with it: layernorm.backward those of its dinp, attention.backward those of dqkv.
+Where inp has a one behind each row, dbias is one more column of dweight. The dout of other layers is what
+layernorm.backward gives, which adds up its columns too.
 """
 
 from functools import partial
