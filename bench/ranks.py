@@ -52,7 +52,7 @@ def held(t: Training) -> dict[str, int]:
     zero: Any = t.zero
     received = [zero._received, *([zero._shard] if zero.shards_gradients else [])]
     gradients = [*(lane.flat for lane in t.model.lanes), *received]
-    moments = [t.optimizer.m, t.optimizer.v, *([] if t.optimizer.master is None else [t.optimizer.master])]
+    moments = [t.optimizer.m, t.optimizer.v, *([] if t.optimizer.remainder is None else [t.optimizer.remainder])]
     return {name: sum(a.nbytes for a in arrays) for name, arrays in (("gradients", gradients), ("optimizer", moments))}
 
 

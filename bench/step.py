@@ -35,7 +35,7 @@ ADDED_TO = {
     "layernorm.backward": (0,),
     "gelu.backward": (0,),
     "classifier.forward_backward": (1,),
-    "adamw.update": (1, 2, 3),
+    "adamw.update": (0, 1, 2, 3),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 # Every tensor starts at a multiple of this many elements: 16-byte accesses stay aligned in any dtype, and arenas of
-# one table have the same element offsets whatever their dtype (parameters, gradients, moments, masters).
+# one table have the same element offsets whatever their dtype (parameters, gradients, moments, remainders).
 ALIGNMENT = 128
 
 Array = Any  # a numpy or a CuPy array

@@ -37,7 +37,8 @@ def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType, world:
     parameters = gpt2.parameter_tensors(config, dev.COMPUTE_DTYPE)
     shares = run.lanes or world
     in_fp32 = gpt2.parameter_tensors(config, np.float32)
-    has_masters = run.master_weights and np.dtype(dev.COMPUTE_DTYPE) != np.float32
+    remainders = gpt2.parameter_tensors(config, np.uint16)
+    has_remainder = run.master_weights and np.dtype(dev.COMPUTE_DTYPE) != np.float32
     activations = gpt2.activation_tensors(
         config,
         B=run.B,
@@ -51,7 +52,8 @@ def _bytes_of_tables(run: RunConfig, config: GPT2Config, dev: ModuleType, world:
         "gradients": run.lanes_per_rank(world)
         * memory_of(_gradient_tensors(run, config, dev), shares)
         // (world if run.shards_gradients(world) else 1),
-        "optimizer": (2 + has_masters) * memory_of(in_fp32, shares) // (world if run.zero_stage else 1),
+        "optimizer": (2 * memory_of(in_fp32, shares) + has_remainder * memory_of(remainders, shares))
+        // (world if run.zero_stage else 1),
         "activations": memory_of(activations),
     }
 

@@ -6,11 +6,13 @@ from itertools import groupby
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from engine.arena import Arena
 from engine.config import RunConfig
 from engine.device import eagerly
+from engine.ops.numpy import rounding
 from engine.zero import Zero
 
 
@@ -38,8 +40,8 @@ def learning_rate(step: int, steps: int, run: RunConfig) -> float:
 class AdamW:
     """Moments in fp32 for the parameters that this rank updates, and the windows of the outlier guard.
 
-    Where parameters have fewer digits than that, fp32 masters of them too: the parameters are the masters, rounded to
-    nearest even. Without masters (-w 0) the parameters are their own, and rounded at random.
+    Where parameters are bf16, remainders too, which make fp32 masters of them: the parameters are the masters, rounded
+    to nearest. Without (-w 0) the parameters are rounded at random.
 
     The schedule aside, which is uploaded, a step needs nothing from the host: the guard's clip factor and skip flag
     stay on the device, and `decision` can be read whenever the host wants to log it.
@@ -58,8 +60,8 @@ class AdamW:
         self._params, self._zero = params, zero
         self._run, self._ops, self._device = run, ops, device
         self.m, self.v = device.zeros((zero.num_owned,), dtype), device.zeros((zero.num_owned,), dtype)
-        has_masters = run.master_weights and params.flat.dtype != dtype
-        self.master = device.zeros((zero.num_owned,), dtype) if has_masters else None
+        has_remainder = run.master_weights and params.flat.dtype == ml_dtypes.bfloat16
+        self.remainder = device.zeros((zero.num_owned,), np.uint16) if has_remainder else None
         segments = _owned_segments(zero.owned, list(_decay_segments(params, decayed)), params.buckets)
         self._segments = {bucket: list(those) for bucket, those in groupby(segments, lambda segment: segment.bucket)}
         self._norm_squared = device.zeros((), np.float64)
@@ -103,10 +105,9 @@ class AdamW:
 
     def _update_segment(self, segment: "_Segment") -> None:
         run = self._run
-        params = self._params.flat[segment.span]
         self._ops.adamw.update(
-            params,
-            params if self.master is None else self.master[segment.owned],
+            self._params.flat[segment.span],
+            None if self.remainder is None else self.remainder[segment.owned],
             self.m[segment.owned],
             self.v[segment.owned],
             self._zero.gradient(segment.span, segment.owned),
@@ -122,18 +123,29 @@ class AdamW:
         )
 
     def set_parameters(self, values: dict[str, np.ndarray]) -> None:
-        """The parameters, and their masters, = values (fp32) by name."""
+        """The parameters, and what makes masters of them, = values (fp32) by name."""
+        remainders = {}
         for name, view in self._params.views.items():
-            self._device.put(view, values[name].astype(view.dtype))
-        if self.master is not None:
-            self._take(self.master, values)
+            if self.remainder is None:
+                self._device.put(view, values[name].astype(view.dtype))
+            else:
+                params, remainders[name] = rounding.split(values[name])
+                self._device.put(view, params)
+        if self.remainder is not None:
+            self._take(self.remainder, remainders)
 
     def parameters(self) -> dict[str, np.ndarray]:
-        """On rank 0's host: the parameters by name, with all the digits that there are. All ranks call it together."""
-        if self.master is None:
-            self._zero.settle()
-            return {name: self._device.to_host(view) for name, view in self._params.views.items()}
-        return self._params.split(self._zero.whole(self.master))
+        """On rank 0's host: the parameters by name, with all the digits that there are; on other ranks none. All ranks
+        call it together.
+        """
+        self._zero.settle()
+        remainders = None if self.remainder is None else self._params.split(self._zero.whole(self.remainder))
+        if self._zero.rank > 0:
+            return {}
+        params = {name: self._device.to_host(view) for name, view in self._params.views.items()}
+        if remainders is None:
+            return params
+        return {name: rounding.join(params[name], remainders[name]) for name in params}
 
     def state(self) -> dict[str, np.ndarray]:
         """On rank 0's host: every array to be saved, by name, the same at any number of ranks. All ranks call it
@@ -165,7 +177,7 @@ class _Segment(NamedTuple):
     """Neighbours that are updated together."""
 
     span: slice  # of the flat buffers
-    owned: slice  # of the moments and masters
+    owned: slice  # of the moments and remainders
     decayed: int  # how many of the first ones weight decay applies to
     bucket: int
     first: int  # the first one's index in its bucket: unlike that in the flat buffers, it depends on no padding

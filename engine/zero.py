@@ -63,7 +63,7 @@ class Zero:
         by_library: bool = False,
         late: bool = False,
     ):
-        self._comm, self._params, self._lanes, self._stage = comm, params, lanes, stage
+        self.rank, self._comm, self._params, self._lanes, self._stage = comm.rank, comm, params, lanes, stage
         self._ops, self._device, self._by_library, self._late = ops, device, by_library, late
         assert len(lanes) == 1 or not by_library
         self.owned = [_own(bucket, comm) for bucket in params.buckets] if stage >= 1 else params.buckets

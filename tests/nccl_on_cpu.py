@@ -328,6 +328,7 @@ def _cupy(pool: Pool) -> dict[str, ModuleType]:
     nccl = ModuleType("cupy.cuda.nccl")
     vars(nccl).update(
         available=True,
+        NCCL_CHAR=BYTES,
         NCCL_FLOAT32=7,
         NCCL_FLOAT64=8,
         NCCL_BFLOAT16=9,

@@ -42,7 +42,7 @@ CRASHES = {-number: number.name for number in (signal.SIGSEGV, signal.SIGBUS, si
 TESTS = {
     "adamw.cu": "test_adamw and not without",
     "adamw.cu round_stochastically": "test_adamw_without",
-    "adamw.cu adamw_update_without_master": "test_adamw_without",
+    "adamw.cu adamw_update_without_remainder": "test_adamw_without",
     "attention.cu": "test_attention",
     "attention.cuh": "test_attention",
     "attention_hopper.cu": "test_attention and True",
@@ -99,7 +99,6 @@ COPY_BARRIER = f"{WAIT}        __syncthreads();\n"
 STEP_BARRIER = "        __syncthreads();  // before the next step's copies overwrite what other warps still read\n"
 COMMIT = "        }\n        copy_async_commit();\n"
 COMMIT_INSIDE = "            copy_async_commit();\n        }\n"
-TRUNCATED = "for (float& y : x.x) y = __uint_as_float(__float_as_uint(y) & 0xffff0000u);\n    store(params + i, x)"
 
 FAULTS = (
     *_in(
@@ -637,7 +636,7 @@ FAULTS = (
         ("the gradient not squared", "(1.0f - beta2) * g * g", "(1.0f - beta2) * g"),
         ("beta1 for beta2", "beta2 * v.x[i]", "beta1 * v.x[i]"),
         ("m not decayed", "beta1 * m.x[i]", "m.x[i]"),
-        ("no weight decay", "keep * master.x[i]", "master.x[i]"),
+        ("no weight decay", "keep * params.x[i]", "params.x[i]"),
         ("the step's size, and with it the bias corrections, ignored", "- step_size * (m", "- (m"),
         ("weight decay everywhere", "decays ? static_cast<float>(schedule[KEEP]) : 1.0f", "schedule[KEEP]"),
         ("epsilon of another field", "(schedule[EPSILON])", "(schedule[T])"),
@@ -654,8 +653,29 @@ FAULTS = (
         "adamw.cu adamw_update",
         ("a thread too many", "if (i >= n ||", "if (i > n ||"),
         ("decays one pack further", "i < decayed", "i <= decayed"),
-        ("parameters rounded down", "store(params + i, x)", TRUNCATED),
         ("v not kept", "    store(v + i, vi);\n", ""),
+    ),
+    *_in(
+        "adamw.cu join",
+        ("as if none had been rounded up", " - (remainder >> 15)", ""),
+        ("the remainder lost", " | remainder", ""),
+    ),
+    *_in(
+        "adamw.cu rounded_half_up",
+        ("rounded down", " + 0x8000u", ""),
+        ("ties to zero", "0x8000u", "0x7fffu"),
+        ("NaN rounded as a number", "x == x ?", "true ?"),
+    ),
+    *_in(
+        "adamw.cu load_joined",
+        ("an odd element's neighbour", "rounded[i] >> 16", "rounded[i] & 0xffffu"),
+        ("the neighbour's remainder", "remainders[i] >> 16", "remainders[i] & 0xffffu"),
+    ),
+    *_in(
+        "adamw.cu store_split",
+        ("the neighbour in its place", "| rounded_half_up(high) << 16", "| rounded_half_up(low) << 16"),
+        ("the neighbour's remainder in its place", "| __float_as_uint(high) << 16", "| __float_as_uint(low) << 16"),
+        ("an even element's digits lost", "(__float_as_uint(low) & 0xffffu)", "0u"),
     ),
     *_in(
         "adamw.cu round_stochastically",
@@ -663,12 +683,12 @@ FAULTS = (
         ("NaN rounded as a number", "return finite ?", "return true ?"),
     ),
     *_in(
-        "adamw.cu adamw_update_without_master",
+        "adamw.cu adamw_update_without_remainder",
         ("skip ignored", " || *skip != 0.0", ""),
         tests="test_adamw_skips",
     ),
     *_in(
-        "adamw.cu adamw_update_without_master",
+        "adamw.cu adamw_update_without_remainder",
         ("decays everywhere", "i < decayed", "true"),
         ("the same random bits for two elements", " >> (k % 2 * 16)", ""),
         ("random bits of another word", "random.x[k / 2]", "random.x[k % 4]"),

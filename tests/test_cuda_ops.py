@@ -830,22 +830,55 @@ def schedule(t):
 
 @pytest.mark.parametrize("dtype", GRAD_DTYPES)
 def test_adamw(twin, sizes, dtype):
-    """The moments and masters to some roundings in fp32; the parameters are the masters, rounded to nearest even."""
+    """The moments and masters to some roundings in fp32; the parameters are the masters, rounded to nearest."""
     for n in sizes(8, 2056, None, 1 << 20):
         values, grads, m0, v0 = normal(n), normal(n), normal(n) * 0.1, normal(n) ** 2
         grads[0], m0[0], v0[0] = 0, 1e-7, 1e-12  # where eps counts
-        master, m, v = (twin.put(x, F32) for x in (values, m0, v0))
-        params = twin.nan(n)
+        m, v = (twin.put(x, F32) for x in (m0, v0))
+        params, remainder = in_bf16(twin, values)
         scalars = [twin.put(x, np.float64) for x in (np.array(0.5), np.array(0.0), schedule(3))]
-        CUDA.adamw.update(params, master, m, v, twin.put(grads, dtype), *scalars, **ADAMW)
+        CUDA.adamw.update(params, remainder, m, v, twin.put(grads, dtype), *scalars, **ADAMW)
         x, em, ev, g = (rounded(value, F32) for value in (values, m0, v0, rounded(grads, dtype)))
         size_m, before = 0.9 * np.abs(em) + 0.05 * np.abs(g), x.copy()
-        EXACT.adamw.update(x, x, em, ev, g, np.array(0.5), np.array(0), schedule(3), **ADAMW)
+        EXACT.adamw.update(x, None, em, ev, g, np.array(0.5), np.array(0), schedule(3), **ADAMW)
         assert_within(twin.get(m), em, 4 * EPS32 * size_m, "m")
         assert_within(twin.get(v), ev, 6 * EPS32 * ev, "v")
         step = 0.01 / (1 - 0.9**3) * math.sqrt(1 - 0.95**3) * size_m / np.sqrt(ev)
-        assert_within(twin.get(master), x, 4 * EPS32 * np.abs(before) + 16 * EPS32 * step, "master")
-        np.testing.assert_array_equal(twin.get(params), rounded(twin.get(master)))
+        master = masters(twin, params, remainder)
+        assert_within(master, x, 4 * EPS32 * np.abs(before) + 16 * EPS32 * step, "master")
+        np.testing.assert_array_equal(twin.get(params), rounding.split(master)[0].astype(np.float64))
+
+
+def in_bf16(twin, values):
+    """Parameters and their remainders."""
+    params, remainder = rounding.split(values.astype(F32))
+    return twin.put(params), twin.put(remainder, np.uint16)
+
+
+def masters(twin, params, remainder):
+    """Parameters and their remainders, in float32."""
+    return rounding.join(twin.get(params).astype(BF16), twin.get(remainder))
+
+
+def test_adamw_loses_no_digit_of_its_parameters(twin):
+    """Decay alone, whose one product is rounded alike in numpy: of ties too, of 0, and of what is not a number."""
+    values = np.concatenate([normal(2048), [np.inf, -np.inf, 0.0, -0.0, 1 + 2**-8, -1 - 2**-8, 2**-126, -(2**-130)]])
+    n = values.size
+    moments = np.zeros((2, n), F32)
+    moments[0, 5] = np.array(0x7FFFFFFF, np.uint32).view(F32)  # the NaN that a GPU computes: rounded up it is -0
+    for decayed in (0, n):
+        params, remainder = in_bf16(twin, values)
+        m, v = (twin.put(x, F32) for x in moments)
+        scalars = [twin.put(x, np.float64) for x in (np.array(1.0), np.array(0.0), schedule(5))]
+        options = ADAMW | {"decayed": decayed}
+        CUDA.adamw.update(params, remainder, m, v, twin.put(np.zeros(n)), *scalars, **options)
+        expected = values.astype(F32) * (F32.type(1 - 0.01 * 0.1) if decayed else F32.type(1))
+        expected[5] = np.nan
+        rounds, rest = rounding.split(expected)
+        np.testing.assert_array_equal(masters(twin, params, remainder), expected)
+        np.testing.assert_array_equal(twin.get(params), rounds.astype(np.float64))
+        numbers = ~np.isnan(expected)
+        np.testing.assert_array_equal(twin.get(remainder)[numbers], rest[numbers])
 
 
 def test_adamw_takes_its_schedule_from_memory(twin):
@@ -855,13 +888,12 @@ def test_adamw_takes_its_schedule_from_memory(twin):
     grads, now = twin.put(normal(n)), twin.put(schedule(1), np.float64)
 
     def updated(at, decayed):
-        arrays = [twin.put(values[0], F32), *(twin.put(values[1], F32) for _ in range(2))]
-        params = twin.put(values[0])
-        both = ((twin.nan(n), arrays[0]), (params, params))
-        for params, master in both:
+        moments = [twin.put(values[1], F32) for _ in range(2)]
+        both = in_bf16(twin, values[0]), (twin.put(values[0]), None)
+        for params, remainder in both:
             options = {"seed": 7, "beta1": 0.9, "beta2": 0.95, "decayed": decayed}
-            CUDA.adamw.update(params, master, *arrays[1:], grads, *scalars, at, **options)
-        return [twin.get(x) for x in (*(params for params, _ in both), *arrays)]
+            CUDA.adamw.update(params, remainder, *moments, grads, *scalars, at, **options)
+        return [twin.get(x) for x in (*(params for params, _ in both), both[0][1], *moments)]
 
     found = []
     for t in (1, 900):
@@ -875,7 +907,7 @@ def test_adamw_takes_its_schedule_from_memory(twin):
         assert (one[1] != other[1]).any()
 
 
-def test_adamw_without_masters_rounds_at_random_as_numpy_does(twin):
+def test_adamw_without_remainders_rounds_at_random_as_numpy_does(twin):
     """Decay alone, whose one product both sides round alike in fp32: then every random bit shows."""
     n, first = 2056, (5 << 35) + (1 << 12)
     values = np.concatenate([normal(n - 2), [np.inf, 0.0]])
@@ -884,26 +916,27 @@ def test_adamw_without_masters_rounds_at_random_as_numpy_does(twin):
     params, m, v = twin.put(values), *(twin.put(x, F32) for x in moments)
     scalars = [twin.put(x, np.float64) for x in (np.array(1.0), np.array(0.0), schedule(5))]
     key = {"seed": 7, "stream": 3, "first": first}
-    CUDA.adamw.update(params, params, m, v, twin.put(np.zeros(n)), *scalars, **ADAMW, **key)
+    CUDA.adamw.update(params, None, m, v, twin.put(np.zeros(n)), *scalars, **ADAMW, **key)
     decayed = values.astype(BF16).astype(F32)
     decayed[: ADAMW["decayed"]] *= F32.type(1 - 0.01 * 0.1)
     decayed[5] = np.nan
     bits = rounding.random_bits(first, n, seed=7, t=5, stream=3)
     np.testing.assert_array_equal(twin.get(params), rounding.stochastic(decayed, bits).astype(np.float64))
     spec = values.astype(BF16)
-    EXACT.adamw.update(spec, spec, *moments, np.zeros(n, F32), np.array(1.0), np.array(0), schedule(5), **ADAMW, **key)
+    EXACT.adamw.update(spec, None, *moments, np.zeros(n, F32), np.array(1.0), np.array(0), schedule(5), **ADAMW, **key)
     np.testing.assert_array_equal(twin.get(params), spec.astype(np.float64))
 
 
 def test_adamw_skips(twin):
     n = 2056
     values = [normal(n) for _ in range(3)]
-    params, arrays = twin.put(values[0]), [twin.put(x, F32) for x in values]
+    params, remainder = in_bf16(twin, values[0])
+    moments = [twin.put(x, F32) for x in values[1:]]
     scalars = [twin.put(x, np.float64) for x in (np.array(1.0), np.array(1.0), schedule(1))]
-    CUDA.adamw.update(params, *arrays, twin.put(np.full(n, np.nan)), *scalars, **ADAMW)
-    CUDA.adamw.update(params, params, *arrays[1:], twin.put(np.full(n, np.nan)), *scalars, **ADAMW)
-    np.testing.assert_array_equal(twin.get(params), rounded(values[0]))
-    for array, kept in zip(arrays, values, strict=True):
+    for those in (remainder, None):
+        CUDA.adamw.update(params, those, *moments, twin.put(np.full(n, np.nan)), *scalars, **ADAMW)
+    np.testing.assert_array_equal(masters(twin, params, remainder), values[0].astype(F32))
+    for array, kept in zip(moments, values[1:], strict=True):
         np.testing.assert_array_equal(twin.get(array), rounded(kept, F32))
 
 

@@ -175,7 +175,8 @@ class NCCLRanks:
 
     def _all_gather(self, own: Array, out: Array) -> None:
         with self._in_order():
-            self._ranks.allGather(address_of(own), address_of(out), own.size, self._dtypes[own.dtype], self._stream.ptr)
+            code = self._nccl.NCCL_CHAR  # bytes, whatever they mean
+            self._ranks.allGather(address_of(own), address_of(out), own.nbytes, code, self._stream.ptr)
 
     def _check(self, *arrays: Array) -> None:
         """NCCL takes addresses and counts, and believes them."""

@@ -45,6 +45,7 @@ DTYPES = {
     "double": np.dtype(np.float64),
     "int": np.dtype(np.int32),
     "unsigned": np.dtype(np.uint32),
+    "unsigned short": np.dtype(np.uint16),
     "long long": np.dtype(np.int64),
     "unsigned long long": np.dtype(np.uint64),
 }

@@ -135,7 +135,7 @@ def slots_by_turns(bucket: int) -> int:
 
 
 def parameter_tensors(config: GPT2Config, dtype: Any) -> list[Tensor]:
-    """The parameter table resolved: also that of gradients, moments and masters, each in its dtype."""
+    """The parameter table resolved: also that of gradients, moments and remainders, each in its dtype."""
     dims = config.dims()
     return [Tensor(name, shape_of(line.shape, dims), dtype, bucket) for name, line, bucket in parameter_table(config)]
 

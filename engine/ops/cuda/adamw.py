@@ -13,7 +13,7 @@ __all__ = ["Schedule", "update"]
 
 def update(
     params: Array,
-    master: Array,
+    remainder: Array | None,
     m: Array,
     v: Array,
     grads: Array,
@@ -31,8 +31,8 @@ def update(
     n = params.size
     scalars = clip, skip, schedule, n, decayed, beta1, beta2
     args: tuple[Any, ...]
-    if master is params:
-        name, args = "adamw_update_without_master", (params, m, v, grads, *scalars, seed, stream, first)
+    if remainder is None:
+        name, args = "adamw_update_without_remainder", (params, m, v, grads, *scalars, seed, stream, first)
     else:
-        name, args = "adamw_update", (params, master, m, v, grads, *scalars)
+        name, args = "adamw_update", (params, remainder, m, v, grads, *scalars)
     kernels.launch("adamw", name, (blocks(n, 256 * 8),), (256,), *args, defines=kernels.grad_variant(grads.dtype))

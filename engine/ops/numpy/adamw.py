@@ -2,8 +2,9 @@
 
 g = clip * grads
 m = beta1 * m + (1 - beta1) * g           v = beta2 * v + (1 - beta2) * g^2
-master -= lr * (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay * master)
-params  = master, rounded to their dtype: to nearest, or at random where bfloat16 parameters have no master
+params -= lr * (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay * params)
+
+Parameters in bfloat16 have float32 masters, of which all but the remainder is the parameter, or are rounded at random.
 """
 
 import math
@@ -37,7 +38,7 @@ class Schedule(NamedTuple):
 
 def update(
     params: np.ndarray,
-    master: np.ndarray,
+    remainder: np.ndarray | None,
     m: np.ndarray,
     v: np.ndarray,
     grads: np.ndarray,
@@ -52,22 +53,25 @@ def update(
     stream: int = 0,
     first: int = 0,
 ) -> None:
-    """params (n) =, master (n) +=, m (n) =, v (n) =; grads (n) are read.
+    """params (n) +=, remainder (n) =, m (n) =, v (n) =; grads (n) are read.
 
     Weight decay applies to the first `decayed` elements. clip () scales the gradient and skip () != 0 leaves everything
     as it is: both are arrays that the device decided on (guard.decide), so that no host waits. schedule (4) float64
     holds a Schedule: an array too, so that every update is the same call, which a device may record once and replay.
-    master may be params itself: then bfloat16 parameters are rounded at random, by bits that are keyed by (seed, t) and
-    counted by (stream, index); first is the index of the first element.
+    remainder, uint16, makes float32 of bfloat16 parameters (rounding.join); other parameters have none. Without one
+    bfloat16 is rounded at random, by bits that are keyed by (seed, t) and counted by (stream, index); first is the
+    index of the first element.
     """
-    at_random = master is params and params.dtype == ml_dtypes.bfloat16
+    at_random = remainder is None and params.dtype == ml_dtypes.bfloat16
     if skip:
         return
     t, epsilon, step_size, keep = schedule.tolist()
 
     def update_block(block: slice) -> None:
-        x, mb, vb = master[block], m[block], v[block]
-        if at_random:
+        x, mb, vb = params[block], m[block], v[block]
+        if remainder is not None:
+            x = rounding.join(x, remainder[block])
+        elif at_random:
             x = x.astype(np.float32)
         g = scratch("adamw.g", x.shape, x.dtype)
         np.multiply(grads[block], float(clip), out=g)
@@ -85,10 +89,10 @@ def update(
         tmp *= step_size
         x[: max(0, decayed - block.start)] *= keep
         x -= tmp
-        if at_random:
+        if remainder is not None:
+            params[block], remainder[block] = rounding.split(x)
+        elif at_random:
             bits = rounding.random_bits(first + block.start, x.size, seed=seed, t=int(t), stream=stream)
             params[block] = rounding.stochastic(x, bits)
-        elif params is not master:
-            params[block] = x
 
-    for_each_block(update_block, master.size, 1)
+    for_each_block(update_block, params.size, 1)

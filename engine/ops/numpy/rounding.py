@@ -1,8 +1,10 @@
-"""Rounding to bfloat16 at random: each of the two neighbours as often as the value is near to it.
+"""Rounding parameters to bfloat16: to nearest, keeping the digits that are cut off, or at random, without them.
 
-Where a parameter has no fp32 master, an update that is smaller than half its last place would be lost by rounding to
-nearest, every time; so it counts on average. The random bits are those of a counter, Philox4x32-10 (Salmon et al. 2011,
-"Parallel random numbers: as easy as 1, 2, 3"): nothing to save, and the same whoever draws them.
+An update that is smaller than half a parameter's last place must not be lost every time. Either a master has room for
+it, which is float32: the parameter and a remainder, the lower half of the master's bits. Or it counts on average: each
+of the two neighbours is taken as often as the value is near to it. The random bits are those of a counter,
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): nothing to save, and the same whoever
+draws them.
 """
 
 import ml_dtypes
@@ -10,6 +12,22 @@ import numpy as np
 
 MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+
+
+def split(master: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """master float32 rounded to nearest, a tie away from zero, as bfloat16, and its remainder uint16, of one shape.
+
+    A tie to even would leave open what `join` undoes: whether there was one up or one down. A NaN stays one.
+    """
+    bits = master.view(np.uint32)
+    upper = np.where(np.isnan(master), np.uint32(0x7FFF), (bits + np.uint32(0x8000)) >> np.uint32(16))
+    return upper.astype(np.uint16).view(ml_dtypes.bfloat16), bits.astype(np.uint16)
+
+
+def join(params: np.ndarray, remainder: np.ndarray) -> np.ndarray:
+    """The masters, float32, that `split` took apart: all bits, but for NaNs'."""
+    upper = params.view(np.uint16) - (remainder >> 15)  # as it was before it was rounded up
+    return (upper.astype(np.uint32) << 16 | remainder).view(np.float32)
 
 
 def philox(counters: np.ndarray, key: tuple[int, int]) -> np.ndarray:
