@@ -19,6 +19,7 @@ def split(master: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A tie to even would leave open what `join` undoes: whether there was one up or one down. A NaN stays one.
     """
+    assert master.dtype == np.float32
     bits = master.view(np.uint32)
     upper = np.where(np.isnan(master), np.uint32(0x7FFF), (bits + np.uint32(0x8000)) >> np.uint32(16))
     return upper.astype(np.uint16).view(ml_dtypes.bfloat16), bits.astype(np.uint16)
