@@ -454,9 +454,12 @@ def processes_of(group: int) -> dict[int, str]:
 
 
 def start_long_run(path: Path, out: Path) -> subprocess.Popen:
-    """The command with two workers, in a process group of its own, a tenth of the way through a long text."""
+    """The command with two workers, in a process group of its own, a tenth of the way through a long text. Nicer than
+    the test, which so gets to do something before it ends.
+    """
     path.write_bytes(b"many words in a line of text, again and again\n" * 2**22)
     command = [
+        "nice",
         sys.executable,
         "-m",
         "prep.text",
