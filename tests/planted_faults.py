@@ -11,6 +11,7 @@ import argparse
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -33,7 +34,7 @@ from tests import shim
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "kernels_cu"
-TIMEOUT = 60  # seconds after which a test is taken to hang
+TIMEOUT = 60  # seconds of a processor after which tests are taken to hang, or ten times as many of a clock
 FORKS = multiprocessing.get_context("forkserver")  # of a process that has loaded what all need
 ASKING = threading.Lock()  # an exit code is told once: of two threads that ask, of whatever process, one would get 255
 CRASHES = {-number: number.name for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)}
@@ -778,18 +779,19 @@ def run_tests(selection: str, folder: Path, libraries: str) -> Result:
     process = FORKS.Process(target=_pytest, args=(selection, folder, libraries, output))
     with ASKING:
         process.start()
-    ended = wait([process.sentinel], TIMEOUT)
+    ended = wait([process.sentinel], 10 * TIMEOUT)
     with ASKING:
         if not ended:
             process.kill()
         process.join()
-    if not ended:
+    if not ended or process.exitcode == -signal.SIGXCPU:
         return Result("hung", f"{TIMEOUT} s")
     return judge(process.exitcode, output.read_text(errors="replace"))
 
 
 def _pytest(selection: str, folder: Path, libraries: str, output: Path) -> None:
     """In a process of its own."""
+    resource.setrlimit(resource.RLIMIT_CPU, (TIMEOUT, TIMEOUT + 1))
     for descriptor in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     # pytest's plugins take longer to load than most tests to run.
