@@ -72,18 +72,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {problem}"))
 
 
-PLANTED_FAULTS = pytest.StashKey[tuple[subprocess.Popen, Path]]()  # and the file with what it prints
+PLANTED_FAULTS = pytest.StashKey[tuple[subprocess.Popen, Path]]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """The longest test begins with the first, of whose cores some are idle most of the time, and gives way to them."""
+    """The longest test begins with the first, of whose cores some are idle most of the time, and gives way to them. But
+    where several processes share out the tests, the one that is to run it begins then.
+    """
     waits = any(item.name == "test_all_are_caught" for item in session.items)
-    if waits and shutil.which("g++") and not session.config.option.collectonly:
+    is_one_of_several = hasattr(session.config, "workerinput")
+    if waits and shutil.which("g++") and not session.config.option.collectonly and not is_one_of_several:
+        plant_faults(session.config)
+
+
+def plant_faults(config: pytest.Config) -> tuple[subprocess.Popen, Path]:
+    """The process that plants them all, begun once, and the file with what it prints."""
+    if PLANTED_FAULTS not in config.stash:
         printed = Path(tempfile.mkdtemp(prefix="backhand-planted-")) / "table.txt"
         command = ["nice", sys.executable, "-m", "tests.planted_faults"]
         with printed.open("w") as file:
             process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
-        session.config.stash[PLANTED_FAULTS] = process, printed
+        config.stash[PLANTED_FAULTS] = process, printed
+    return config.stash[PLANTED_FAULTS]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from tests import planted_faults
-from tests.conftest import PLANTED_FAULTS
+from tests.conftest import plant_faults
 from tests.planted_faults import FAULTS, KERNELS, Fault, Result, try_fault
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing")
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is miss
 
 def test_all_are_caught(pytestconfig):
     """By a process that has begun with the first test: see conftest.py."""
-    process, printed = pytestconfig.stash[PLANTED_FAULTS]
+    process, printed = plant_faults(pytestconfig)
     assert process.wait() == 0, printed.read_text()
     assert f"{len(FAULTS)} of {len(FAULTS)} caught" in printed.read_text()
 

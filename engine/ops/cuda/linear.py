@@ -1,6 +1,7 @@
 """Linear layers: see engine/ops/numpy/linear.py. N = B * T rows; the matrix multiplies are cublasLt's.
 
-Its epilogues that add up a bias's gradient make a multiply take up to three times as long. One column more does not.
+Its epilogues that add up a bias's gradient make a multiply take up to three times as long, and a pass of its own costs
+more than one more column (bench/LOG.md, "One behind each row").
 """
 
 from collections.abc import Mapping

@@ -4,7 +4,7 @@ g = clip * grads
 m = beta1 * m + (1 - beta1) * g           v = beta2 * v + (1 - beta2) * g^2
 params -= lr * (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay * params)
 
-Parameters in bfloat16 have float32 masters, of which all but the remainder is the parameter, or are rounded at random.
+A bfloat16 parameter and its remainder are a float32 number, its master. Without remainders it is rounded at random.
 """
 
 import math

@@ -61,10 +61,10 @@ def backward(
     dbias: np.ndarray | None = None,
     accumulate: bool,
 ) -> None:
-    """dinp (B,T,C) =, dweight (OC,C) =; dout (B,T,OC), inp (B,T,C or Cx) as forward saw it.
+    """dinp (B,T,C) =, dweight (OC,C) =; dout (B,T,OC), inp (B,T,C).
 
-    With pre_gelu (B,T,C), inp was gelu(pre_gelu), and dinp is the gradient of pre_gelu. dbias (OC) = where it is given,
-    for which inp is (B,T,Cx). With accumulate, dweight and dbias +=.
+    With pre_gelu (B,T,C), inp was gelu(pre_gelu), and dinp is the gradient of pre_gelu. With dbias (OC) =, inp is
+    (B,T,Cx). With accumulate, dweight and dbias +=.
     """
     C = weight.shape[1]
     dout, dx, x = rows(dout), rows(dinp), rows(inp)[:, : C + (dbias is not None)]
