@@ -58,6 +58,50 @@ __device__ __forceinline__ void copy_bytes(void* shared, const void* global, int
                  : "memory");
 }
 
+// Blocks of a cluster run at the same time, and can reach each other's shared memory. (PTX ISA, "Cluster")
+__device__ __forceinline__ unsigned block_in_cluster() {
+    unsigned number;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(number));
+    return number;
+}
+
+// All threads of all blocks of the cluster wait for each other, as in __syncthreads.
+__device__ __forceinline__ void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// barrier_arrive at the same barrier of a block of the cluster. (Its scope is left as it is: with a cluster's, each
+// arrival costs a fence of the whole GPU's memory.)
+__device__ __forceinline__ void barrier_arrive_in(unsigned block, Barrier& barrier) {
+    asm volatile(
+        "{\n\t.reg .b32 there;\n\t"
+        "mapa.shared::cluster.u32 there, %0, %1;\n\t"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(&barrier)),
+        "r"(block)
+        : "memory");
+}
+
+// copy_box to the same place in the first `blocks` blocks of the cluster: in each, its bytes arrive at this barrier.
+__device__ __forceinline__ void copy_box_to_all(
+    int blocks, void* shared, const unsigned long long* map, int x, int y, int z, Barrier& barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(shared)),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(&barrier)),
+        "h"(static_cast<unsigned short>((1 << blocks) - 1))
+        : "memory");
+}
+
+// All threads of a warpgroup: how many registers each has from here on. What some give back, others can take.
+template <int registers>
+__device__ __forceinline__ void give_registers_back() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
 // Where a factor b of a warpgroup's product lies: boxes as copy_box makes them, 64 columns wide. (PTX ISA, "Matrix
 // descriptor": addresses and offsets in 16 bytes; 8 rows of 128 bytes to the next 8; swizzle of 128 bytes.)
 // `aside`: bytes from a box to the one that has the next 64 columns.
@@ -118,6 +162,24 @@ __device__ __forceinline__ void product_64x16(float (&d)[8][4], unsigned long lo
         "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
         "%32, %33, add, 1, 1, 0, %35;\n\t}"
         : ROW32(d, 0)
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(DEPTH_IN_ROWS));
+}
+
+template <bool DEPTH_IN_ROWS>
+__device__ __forceinline__ void product_64x16(float (&d)[32][4], unsigned long long a, unsigned long long b, bool add) {
+    asm volatile(
+        "{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %130, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+        "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+        "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+        "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
+        "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, "
+        "%128, %129, add, 1, 1, 0, %131;\n\t}"
+        : ROW32(d, 0), ROW32(d, 8), ROW32(d, 16), ROW32(d, 24)
         : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(DEPTH_IN_ROWS));
 }
 

@@ -28,6 +28,13 @@ __device__ __forceinline__ float log2_fast(float x) {
     return y;
 }
 
+// tanh(x), to 2^-10.9 of it.
+__device__ __forceinline__ float tanh_fast(float x) {
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // d += a b for a tile of 16 x 8: a is 16 x 16 (row major), b 16 x 8 (column major), both bf16; d fp32.
 // Lane l holds, with g = l / 4 and t = l % 4 (PTX ISA, "Matrix fragments for mma.m16n8k16"):
 //   d[0..3]  (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1)

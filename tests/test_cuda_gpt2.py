@@ -17,8 +17,9 @@ import pytest
 from engine import device, ops
 from engine.comm.one import OneRank
 from engine.config import GPT2Config, RunConfig
-from engine.device import cuda, kernels
+from engine.device import cublaslt, cuda, kernels
 from engine.models.gpt2 import GPT2, decayed
+from engine.ops.cuda import linear, linear_hopper
 from engine.ops.numpy import rounding
 from engine.optimizer import AdamW
 from engine.zero import Zero
@@ -140,6 +141,29 @@ def test_gpt2_is_numpy_s(twin, fusion):
     inp, targets = batch(config, B, T)
     exact, bounds = exact_and_explained(config, B, T)
     found = distances(run(twin, on_device(twin, config, B, T, fusion=fusion), inp, targets), exact)
+    too_far = {name: (found[name], bounds[name]) for name in found if not found[name] <= bounds[name]}
+    assert not too_far
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fusion", [0, 2])
+def test_gpt2_by_own_multiplies_is_numpy_s(monkeypatch, fusion):
+    """By all that there are for Hopper."""
+    if cuda.compute_capability() != 90:
+        pytest.skip("this GPU is no Hopper")
+    config, B, T = SIZES["large"]
+    inp, targets = batch(config, B, T)
+    exact, bounds = exact_and_explained(config, B, T)
+    with on("gpu") as twin:
+        monkeypatch.setattr(cublaslt, "own_multiply", linear_hopper.multiply_of)
+        multiplies = linear.multiplies(config.dims() | {"B": B, "T": T}, BF16, fusion, False)
+        own = {multiply.name: cublaslt.OWN for multiply in multiplies if linear_hopper.multiply_of(multiply)}
+        assert len(own) == 2  # qkv and fc
+        cublaslt.library().use(own)
+        try:
+            found = distances(run(twin, on_device(twin, config, B, T, fusion=fusion), inp, targets), exact)
+        finally:
+            cublaslt.library().use({})
     too_far = {name: (found[name], bounds[name]) for name in found if not found[name] <= bounds[name]}
     assert not too_far
 

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 from engine import ops
 from engine.config import BEHIND
 from engine.device import cublaslt, cuda, kernels, race, tuning
-from engine.ops.cuda import scratch
+from engine.ops.cuda import linear_hopper, scratch
 from engine.ops.numpy import rounding
 from tests.conftest import with_one_behind
 from tests.twins import BF16, EPS16, EPS32, F32, assert_within, on, rounded, stored, sum_error
@@ -291,6 +291,69 @@ def test_linear_forward(twin, sizes, monkeypatch, kind, fusion):
             assert_within(actual, gelu(exact), stored(gelu(exact), error, BF16), "out")
         else:
             assert_within(actual, gelu(pre), stored(gelu(pre), gelu_error(pre), BF16), "out")
+
+
+# Rows, columns, depth: on the CPU two blocks take several tiles each, the last of which are not whole.
+HOPPER_SIZES = ((1, 256, 512), (300, 320, 640), (64, 776, 512), None, (1000, 4096, 1024), (4096, 1600, 4800))
+
+
+@pytest.fixture
+def multiply(twin, monkeypatch):
+    """A multiply by Hopper's own kernels."""
+    if not hopper(twin):
+        pytest.skip("this GPU is no Hopper")
+    if not twin.on_gpu:
+        monkeypatch.setattr(linear_hopper, "CLUSTER", 1)
+        monkeypatch.setattr(cuda, "multiprocessors", lambda: 2)
+
+    def run(epilogue, out, inp, weight, bias, aux=None):
+        (M, N), (K, width) = out.shape, (weight.shape[1], inp.shape[1])
+        operation = cublaslt.Operation(M, N, K, False, True, BF16, False, epilogue, width)
+        linear_hopper.multiply_of(operation)(out, inp, weight, None, bias, aux)
+        twin.check_guards()
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["plain", "gelu"])
+def test_linear_hopper_forward(twin, sizes, multiply, kind):
+    for M, N, K in sizes(*HOPPER_SIZES):
+        inp, weight, bias = normal(M, K), normal(N, K, scale=K**-0.5), normal(N)
+        out, pre = twin.nan(M, N), twin.nan(M, N)
+        arrays = out, twin.put(with_one_behind(inp)), twin.put(weight), twin.put(bias)
+        if kind == "gelu":
+            multiply("GELU_AUX_BIAS", *arrays, pre)
+        else:
+            multiply("BIAS", *arrays)
+        x, w, b = rounded(inp), rounded(weight), rounded(bias)
+        exact = x @ w.T + b
+        error = stored(exact, sum_error(K + 2) * (np.abs(x) @ np.abs(w).T + np.abs(b)), BF16)
+        if kind == "gelu":
+            pre = twin.get(pre)
+            assert_within(pre, exact, error, "pre")
+            exact = gelu(pre)
+            error = stored(exact, gelu_error(pre) + TANH_ERROR * np.abs(pre) / 2, BF16)
+        assert_within(twin.get(out), exact, error, "out")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"N": 516},  # no multiple of 8
+        {"K": 520},
+        {"K": 448},  # fewer stages than a tile is finished in
+        {"dtype": F32},
+        {"transpose_a": True},
+        {"transpose_b": False},
+        {"epilogue": "DEFAULT"},
+        {"add": True},
+    ],
+    ids=str,
+)
+def test_what_hopper_s_multiplies_are_not_for(other):
+    operation = cublaslt.Operation(64, 512, 512, False, True, BF16, False, "BIAS", 512)
+    assert linear_hopper.multiply_of(operation)
+    assert linear_hopper.multiply_of(operation._replace(**other)) is None
 
 
 @pytest.mark.parametrize("dtype", GRAD_DTYPES)

@@ -176,7 +176,52 @@ def test_an_algorithm_that_cannot_run_here_is_not_taken(stand_in, problem):
     stand_in.proposed = [2]
     lines = []
     assert set(chosen(tuning.tune([SMALL], old, lines.append)).values()) == {2}
-    assert "cublasLt refuses the checkpoint's algorithm for 5x7x3 nt bfloat16 BIAS" in lines[0]
+    assert "the checkpoint's algorithm for 5x7x3 nt bfloat16 BIAS cannot be had here" in lines[0]
+
+
+@pytest.fixture
+def own(stand_in, monkeypatch):
+    """A multiply of SMALL that is not cublasLt's, which takes half a second: the operands that it was given."""
+    given = []
+
+    def multiply(*operands):
+        given.append(operands)
+        stand_in.clock += 0.5
+
+    monkeypatch.setattr(cublaslt, "own_multiply", lambda op: multiply if op == SMALL else None)
+    return given
+
+
+@pytest.mark.parametrize(("seconds", "choice"), [(1.0, cublaslt.OWN), (0.4, 2)])
+def test_what_is_not_cublaslt_s_is_timed_beside_it(stand_in, own, seconds, choice):
+    stand_in.proposed, stand_in.speeds = [2], Counter({2: seconds})
+    table = tuning.tune([SMALL, OTHER], {}, nothing)
+    record = table["algorithms"][SMALL.name]
+    assert record["algo"] == choice if choice == cublaslt.OWN else record["id"] == choice
+    assert (record["us"], record["first_us"]) == (1e6 * min(0.5, seconds), 1e6 * seconds)
+    assert table["algorithms"][OTHER.name]["id"] == 2
+    tuning.use(json.loads(json.dumps(table)))
+    a, b, out, bias = put(np.ones((5, 3))), put(np.ones((7, 3))), put(np.zeros((5, 7))), put(np.zeros(7))
+    stand_in.ran.clear()
+    own.clear()
+    cublaslt.matmul(out, a, b, transpose_b=True, bias=bias)
+    assert len(own) == (choice == cublaslt.OWN)
+    assert len(stand_in.ran) == (choice != cublaslt.OWN)
+    for operands in own:
+        assert all(x is y for x, y in zip(operands, (out, a, b, None, bias, None), strict=True))
+    first, second = cublaslt.library().contenders(SMALL, thorough=False, most=5)
+    assert (first.settings == {}) == (choice == cublaslt.OWN)
+    assert (second.settings == {}) == (choice != cublaslt.OWN)
+
+
+def test_where_there_is_no_such_multiply_a_table_that_names_it_is_timed_anew(stand_in, own, monkeypatch):
+    stand_in.proposed, stand_in.speeds = [2], Counter({2: 1.0})
+    table = tuning.tune([SMALL], {}, nothing)
+    assert tuning.tune([SMALL], table, silent) == table
+    monkeypatch.setattr(cublaslt, "own_multiply", lambda op: None)
+    lines = []
+    assert set(chosen(tuning.tune([SMALL], table, lines.append)).values()) == {2}
+    assert "cannot be had here" in lines[0]
 
 
 @pytest.mark.parametrize("grad_dtype", [BF16, np.dtype(F32)])
@@ -315,6 +360,7 @@ def test_what_is_asked_for_is_not_timed_and_wins_over_a_table(stand_in, gelu_apa
 def test_where_nothing_is_timed_the_gpu_s_kind_says_where_gelu_is(stand_in, monkeypatch, capability, asked, level):
     monkeypatch.setattr(CUDA.linear, "gelu_fusion", None)
     monkeypatch.setattr(CUDA.attention, "for_hopper", False)
+    monkeypatch.setattr(cublaslt, "own_multiply", cublaslt.nothing_else)
     monkeypatch.setattr(CUDA.cuda, "compute_capability", lambda: capability)
     monkeypatch.setattr(CUDA.cuda, "shared_memory_limit", lambda: 163 << 10)
     monkeypatch.setattr(CUDA.kernels, "KERNELS", SimpleNamespace(load=lambda *_: None))

@@ -126,6 +126,7 @@ def on(name: str) -> Iterator[Twin]:
         patch.setattr(scratch, "_buffer", None)
         patch.setattr(linear, "gelu_fusion", 0)
         patch.setattr(attention, "for_hopper", False)
+        patch.setattr(cublaslt, "own_multiply", cublaslt.nothing_else)
         if name != "gpu":
             shim.set_order(name)
             if "BACKHAND_KERNELS" in os.environ:  # a changed copy of the sources: see planted_faults.py

@@ -5,7 +5,7 @@ out = a b is asked for as out^T = b^T a^T: the operands change places, and no da
 
 Many algorithms can do a multiply, each with sums in its own order: which one is taken decides the last bits. It is
 cublasLt's first proposal, unless `Library.use` has named another. `Library.fastest` times the proposals, or these and
-variants of them; tuning.py decides when, and remembers what was found.
+variants of them, and beside them what `own_multiply` gives; tuning.py decides when, and remembers what was found.
 """
 
 import itertools
@@ -42,6 +42,9 @@ SEARCH_SECONDS = 0.5  # that the variants of a multiply may take in the rounds t
 FLOPS, PAUSE = 5e14, 2e-4  # roughly, of a fast multiply in a second, and the seconds between two that are timed
 
 
+OWN = "own"  # what tables call the algorithm that is not cublasLt's
+
+
 class Operation(NamedTuple):
     """Everything about a multiply but where its operands lie: what a plan is made for."""
 
@@ -66,6 +69,18 @@ class Operation(NamedTuple):
         transposes = "".join("nt"[transposed] for transposed in (self.transpose_a, self.transpose_b))
         wider = f" of {self.a_width}" * (self.a_width > self.a_shape[1])
         return f"{self.M}x{self.N}x{self.K} {transposes} {self.dtype} {self.epilogue}" + " add" * self.add + wider
+
+
+# A multiply: of out, a, b, and what it needs of add, bias and the epilogue's other array, None for what it does not.
+Multiply = Callable[[Array, Array, Array, Array, Array, Array], None]
+
+
+def nothing_else(operation: Operation) -> None:
+    """There is cublasLt alone."""
+
+
+# For an operation, if there is one, a multiply that is not cublasLt's.
+own_multiply: Callable[[Operation], Multiply | None] = nothing_else
 
 
 class Plan(NamedTuple):
@@ -101,9 +116,10 @@ def matmul(
     """out (M,N) = a (M,K) b (K,N) + add (M,N) + bias (N), summed in fp32.
 
     cublasLt may round the product to out's dtype before it adds `add`, and again afterwards: seen on an H100 where out
-    is bf16 and there is no bias. a and b are bf16, as is all else but out and add, which may be fp32, and may be the
-    same array. transpose_a: a is (K,M); transpose_b: b is (N,K). a may be the first columns of a wider array. With
-    pre_gelu (M,N) =, which takes the sum, out is its GELU. With dgelu (M,N), out is the product times gelu'(dgelu).
+    is bf16 and there is no bias. What is not cublasLt's may do so anywhere, and before GELU. a and b are bf16, as is
+    all else but out and add, which may be fp32, and may be the same array. transpose_a: a is (K,M); transpose_b: b is
+    (N,K). a may be the first columns of a wider array. With pre_gelu (M,N) =, which takes the sum, out is its GELU.
+    With dgelu (M,N), out is the product times gelu'(dgelu).
     """
     (M, N), K = out.shape, a.shape[0] if transpose_a else a.shape[1]
     assert a.shape == ((K, M) if transpose_a else (M, K)), (a.shape, out.shape)
@@ -142,7 +158,7 @@ class Library:
         self._handle = self._lt.create()
         self._workspace = cuda.zeros((WORKSPACE_BYTES,), np.uint8)
         self._described: dict[Operation, Plan] = {}
-        self._plans: dict[Operation, Plan] = {}
+        self._in_use: dict[Operation, Multiply] = {}
         self._chosen: dict[str, str] = {}
         self._one, self._zero, self._pointer = np.ones(1, np.float32), np.zeros(1, np.float32), np.zeros(1, np.uint64)
 
@@ -151,14 +167,16 @@ class Library:
         return {"gpu": cuda.describe(), "cublaslt": int(self._lt.get_version()), "workspace": WORKSPACE_BYTES}
 
     def use(self, chosen: dict[str, str]) -> None:
-        """From now on multiplies follow these algorithms, in hexadecimal digits, by the names of their operations."""
+        """From now on multiplies follow these algorithms, in hexadecimal digits or OWN, by the names of their
+        operations.
+        """
         self._chosen = chosen
-        self._plans.clear()
+        self._in_use.clear()
 
     def run(self, operation: Operation, out: Array, a: Array, b: Array, add: Array, bias: Array, aux: Array) -> None:
-        """The multiply, with what it needs of add, bias and the epilogue's other array; None for what it does not."""
-        plan = self._plans.get(operation) or self._plans.setdefault(operation, self._plan(operation))
-        self._launch(plan, out, a, b, add, bias, aux)
+        """As a Multiply."""
+        multiply = self._in_use.get(operation) or self._in_use.setdefault(operation, self._multiply(operation))
+        multiply(out, a, b, add, bias, aux)
 
     def _launch(self, plan: Plan, out: Array, a: Array, b: Array, add: Array, bias: Array, aux: Array) -> None:
         attributes = self._lt.MatmulDescAttribute
@@ -189,9 +207,16 @@ class Library:
         self._pointer[0] = address
         self._lt.matmul_desc_set_attribute(description, attribute, self._pointer.ctypes.data, 8)
 
-    def _plan(self, op: Operation) -> Plan:
-        plan, digits = self._describe(op), self._chosen.get(op.name)
-        return plan._replace(algorithm=self._algorithm(digits) if digits else self._candidates(op, plan)[0])
+    def _multiply(self, op: Operation) -> Multiply:
+        """By the algorithm that was chosen."""
+        chosen = self._chosen.get(op.name)
+        if chosen == OWN:
+            multiply = own_multiply(op)
+            assert multiply, f"{op.name}: no table that is in use says so"
+            return multiply
+        plan = self._describe(op)
+        algorithm = self._algorithm(chosen) if chosen else self._candidates(op, plan)[0]
+        return partial(self._launch, plan._replace(algorithm=algorithm))
 
     def _describe(self, op: Operation) -> Plan:
         """The plan without an algorithm, made once."""
@@ -224,7 +249,9 @@ class Library:
         return Plan(description, a, b, out, None)
 
     def accepts(self, op: Operation, digits: str) -> bool:
-        """Whether cublasLt can do it with this algorithm."""
+        """Whether it can be done with this algorithm."""
+        if digits == OWN:
+            return own_multiply(op) is not None
         return self._can_run(op, self._describe(op), self._algorithm(digits))
 
     def _can_run(self, op: Operation, plan: Plan, algorithm: Any) -> bool:
@@ -277,28 +304,38 @@ class Library:
         return [usable[n : n + 1]["algo"].copy() for n in range(len(usable))]
 
     def fastest(self, op: Operation, thorough: bool) -> dict[str, Any]:
-        """The fastest of cublasLt's proposals, and if thorough their variants, for a table: its digits, and for people
-        what it is, its microseconds and those of the first proposal.
+        """The fastest of cublasLt's proposals, and if thorough their variants, and of what there is beside them, for a
+        table: its digits or OWN, and for people what it is, its microseconds and those of the first proposal.
         """
-        plan = self._describe(op)
+        algorithms, ways = self._contenders(op, thorough)
+        best, medians = race.fastest(ways)
+        times = {"us": round(medians[best] * 1e6, 1), "first_us": round(medians[0] * 1e6, 1)}
+        return {"algo": algorithms[best]} | self._told(algorithms[best]) | times | {"thorough": thorough}
+
+    def _contenders(self, op: Operation, thorough: bool) -> tuple[list[str], list[Callable[[], None]]]:
+        """What `fastest` chooses among, as tables name it, and for a race."""
+        plan, operands = self._describe(op), self._noise(op)
         proposals = self._candidates(op, plan)
         variants = self._variants(op, plan, proposals) if thorough else []
-        best, medians = race.fastest(self._ways(op, plan, proposals, variants))
-        algorithm = [*proposals, *variants][best]
-        times = {"us": round(medians[best] * 1e6, 1), "first_us": round(medians[0] * 1e6, 1)}
-        return {"algo": algorithm.tobytes().hex()} | self._settings(algorithm) | times | {"thorough": thorough}
+        algorithms = [algorithm.tobytes().hex() for algorithm in (*proposals, *variants)]
+        ways = self._ways(plan, operands, proposals, variants)
+        if multiply := own_multiply(op):
+            algorithms.append(OWN)
+            ways.append(partial(multiply, *operands))
+        return algorithms, ways
+
+    def _told(self, chosen: str) -> dict[str, int]:
+        """What an algorithm of a table is, for people."""
+        return {} if chosen == OWN else self._settings(self._algorithm(chosen))
 
     def contenders(self, op: Operation, thorough: bool, most: int) -> list[Contender]:
         """For benchmarks: of what `fastest` chooses among the fastest `most`, and first of all the one in use."""
-        plan = self._describe(op)
-        proposals = self._candidates(op, plan)
-        variants = self._variants(op, plan, proposals) if thorough else []
-        ways = self._ways(op, plan, proposals, variants)
+        algorithms, ways = self._contenders(op, thorough)
         _, medians = race.fastest(ways)
-        in_use = self._plan(op).algorithm.tobytes()
+        in_use = self._chosen.get(op.name, algorithms[0])
         found = [
-            (algorithm.tobytes() != in_use, Contender(self._settings(algorithm), seconds, way))
-            for algorithm, seconds, way in zip([*proposals, *variants], medians, ways, strict=True)
+            (algorithm != in_use, Contender(self._told(algorithm), seconds, way))
+            for algorithm, seconds, way in zip(algorithms, medians, ways, strict=True)
             if math.isfinite(seconds)
         ]
         found.sort(key=lambda each: (each[0], each[1].seconds))
@@ -312,16 +349,12 @@ class Library:
         taken = self._candidates(op, plan)
         known = {candidate.tobytes() for candidate in taken}
         others = [each for each in self._candidates(op, plan, "MASK") if each.tobytes() not in known]
-        _, medians = race.fastest(self._ways(op, plan, [*taken, *others]))
+        _, medians = race.fastest(self._ways(plan, self._noise(op), [*taken, *others]))
         return min(medians[: len(taken)]) * 1e6, min(medians) * 1e6
 
-    def _ways(
-        self, op: Operation, plan: Plan, proposals: Sequence[Any], variants: Sequence[Any] = ()
-    ) -> list[Callable[[], None]]:
-        """For a race, the same multiply of noise by each algorithm: the first, which cublasLt estimates to be the
-        fastest, wins ties there; a variant that fails loses.
-        """
-        operands = (
+    def _noise(self, op: Operation) -> tuple[Array, ...]:
+        """What a Multiply takes."""
+        return (
             race.noise((op.M, op.N), op.dtype),
             race.noise((op.a_shape[0] * op.a_width,), BF16),
             race.noise((op.K * op.N,), BF16),
@@ -329,6 +362,13 @@ class Library:
             race.noise((op.N,), BF16) if op.epilogue in WITH_BIAS else None,
             race.noise((op.M, op.N), BF16) if op.epilogue in WITH_AUX else None,
         )
+
+    def _ways(
+        self, plan: Plan, operands: tuple[Array, ...], proposals: Sequence[Any], variants: Sequence[Any] = ()
+    ) -> list[Callable[[], None]]:
+        """For a race, the same multiply by each algorithm: the first, which cublasLt estimates to be the fastest, wins
+        ties there; a variant that fails loses.
+        """
 
         def attempt(plan: Plan) -> None:
             try:

@@ -247,6 +247,13 @@ def shared_memory_limit() -> int:
     return runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, Device().id)
 
 
+def multiprocessors() -> int:
+    """How many the GPU has."""
+    from cupy.cuda import Device, runtime
+
+    return runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, Device().id)
+
+
 def describe() -> str:
     """The GPU, for the plan of a run."""
     import cupy

@@ -89,7 +89,7 @@ def read_source(path: Path) -> Source:
 def signatures(source: str) -> dict[str, tuple[Parameter, ...]]:
     """The parameters of every kernel of a source, by the kernel's name."""
     found = {}
-    for match in re.finditer(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(', source):
+    for match in re.finditer(r'extern "C" __global__ void (?:__\w+__\([^)]*\)\s*)*(\w+)\(', source):
         end = source.index("{", match.end())
         found[match[1]] = tuple(_parameters(source[match.end() : end]))
     return found

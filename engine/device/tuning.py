@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 from engine.device import cublaslt, cuda
 from engine.device.kernels import cache_dir, locked, write_whole
 
+CONTENDERS = 2  # counts the kinds of things that were ever timed: where that changes, a cache's records are not good
+
 
 class Choice(NamedTuple):
     """Something else that is chosen by timing multiplies."""
@@ -54,7 +56,7 @@ def tune(
             "may differ in their last bits"
         )
         saved = {}
-    file = cache_dir() / f"multiplies-{hashlib.sha256(repr(here).encode()).hexdigest()[:32]}.table"
+    file = cache_dir() / f"multiplies-{hashlib.sha256(repr((CONTENDERS, here)).encode()).hexdigest()[:32]}.table"
     began = time.monotonic()
     with locked(file.with_suffix(".lock")):
         cached = _read(file)
@@ -65,7 +67,7 @@ def tune(
             too_few = thorough and operation.name not in kept and found is not None and not found.get("thorough")
             if found is None or too_few or not library.accepts(operation, found["algo"]):
                 if operation.name in kept:
-                    say(f"matrix multiplies: cublasLt refuses the checkpoint's algorithm for {operation.name}")
+                    say(f"matrix multiplies: the checkpoint's algorithm for {operation.name} cannot be had here")
                 known[operation.name] = timed[operation.name] = library.fastest(operation, thorough)
         if timed:
             cuda.free_unused()

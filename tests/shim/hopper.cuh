@@ -10,7 +10,7 @@ struct Barrier {
 
 namespace shim {
 
-constexpr unsigned MAX_BARRIERS = 256, MAX_TRANSFERS = 1024, MAX_PRODUCTS = 128, MAX_SUMS = 16, MAX_COLUMNS = 128;
+constexpr unsigned MAX_BARRIERS = 256, MAX_TRANSFERS = 1024, MAX_PRODUCTS = 128, MAX_SUMS = 16, MAX_COLUMNS = 256;
 constexpr unsigned long long MADE = 0x0ba221e2ull << 32, TENSOR_MAP = 0x70616d726f736e74ull;
 constexpr long long MAX_BYTES = (1 << 20) - 1;  // that a barrier may wait for (PTX ISA, "Tracking asynchronous ...")
 
@@ -270,8 +270,10 @@ inline void finish(WarpProducts& warp) {
             fail(name, "b was written while a product was under way");
     if (p.columns == 64)
         multiply<64>(p.sum->rows, a, p);
-    else
+    else if (p.columns == 128)
         multiply<128>(p.sum->rows, a, p);
+    else
+        multiply<256>(p.sum->rows, a, p);
     if (--p.sum->under_way) return;
     for (unsigned l = 0; l < WARP_LANES; l++)
         for (unsigned i = 0; i < p.columns / 2; i++)
@@ -368,6 +370,23 @@ __device__ __forceinline__ void copy_bytes(void* shared, const void* global, int
     transfers[transfer_count++] = {&phase, static_cast<unsigned char*>(shared), nullptr, {}, global, bytes};
 }
 
+// Blocks run one after the other here: there are no clusters.
+#define __cluster_dims__(x, y, z)
+__device__ __forceinline__ unsigned block_in_cluster() { shim::fail("block_in_cluster", "no clusters here"); }
+__device__ __forceinline__ void cluster_meet() { shim::fail("cluster_meet", "no clusters here"); }
+__device__ __forceinline__ void barrier_arrive_in(unsigned, Barrier&) {
+    shim::fail("barrier_arrive_in", "no clusters here");
+}
+__device__ __forceinline__ void copy_box_to_all(int, void*, const unsigned long long*, int, int, int, Barrier&) {
+    shim::fail("copy_box_to_all", "no clusters here");
+}
+
+// A CPU has registers enough.
+template <int registers>
+__device__ __forceinline__ void give_registers_back() {}
+template <int registers>
+__device__ __forceinline__ void take_registers() {}
+
 __device__ __forceinline__ unsigned long long factor(const void* shared, int aside = 0) {
     constexpr unsigned long long EIGHT_ROWS = 1024 / 16;
     const unsigned long long start = (shared_address(shared) & 0x3ffff) / 16, beside = aside / 16;
@@ -385,7 +404,7 @@ namespace shim {
 // a: a lane's four registers, or null where the warpgroup's a lies in shared memory.
 template <bool DEPTH_IN_ROWS, int N>
 void issue(float (&d)[N][4], const unsigned* a, unsigned long long a_shared, unsigned long long b, bool add) {
-    static_assert(N == 8 || N == 16, "64 or 128 columns");
+    static_assert(N == 8 || N == 16 || N == 32, "64, 128 or 256 columns");
     const char* name = "product_64x16";
     LaneProducts& mine = lane_of_warpgroup(name);
     const unsigned number = index() / WARP_LANES;

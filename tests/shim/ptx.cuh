@@ -36,6 +36,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 __device__ __forceinline__ float log2_fast(float x) { return log2f(x); }
 
+__device__ __forceinline__ float tanh_fast(float x) { return tanhf(x); }
+
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
     const shim::Slot* lanes = shim::meet("mma_16x8x16", 0xffffffffu, mine, sizeof mine);

@@ -19,6 +19,7 @@ from engine.ops.cuda import (
     guard,
     layernorm,
     linear,
+    linear_hopper,
     norm,
     reduce,
     sampling,
@@ -94,6 +95,9 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
             kernels.KERNELS.load(source, defines)
     if attention.on_hopper(HS):
         kernels.KERNELS.load("attention_hopper", {"HS": HS})
+    linear_hopper.use(attention.for_hopper)
+    if attention.for_hopper:
+        linear_hopper.load()
     scratch.reserve(_most_scratch(dims, grad_dtype))
     fastest = 2 if cuda.compute_capability() >= 90 else 0
     linear.gelu_fusion = fastest if gelu_fusion == -1 else gelu_fusion

@@ -16,8 +16,8 @@ from engine.ops.cuda.scratch import blocks, scratch
 
 Array = Any
 
-# GELU inside the matrix multiply: 0 never, 1 in forward, 2 in backward too. What is fused sees fp32 where a pass of its
-# own sees bf16.
+# GELU inside the matrix multiply: 0 never, 1 in forward, 2 in backward too. What is fused may see fp32 where a pass of
+# its own sees bf16.
 gelu_fusion = 0
 
 
