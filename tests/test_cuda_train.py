@@ -171,8 +171,10 @@ def test_an_edited_kernel_runs_at_once(shards, tmp_path):
     shutil.copy(ROOT / "train.py", copy)
     found = []
     for factor in ("0.5f", "0.25f"):
-        source = copy / "kernels_cu/gelu.cu"
-        source.write_text(source.read_text().replace("x = 0.5f * x", f"x = {factor} * x"))
+        source = copy / "kernels_cu/gelu.cuh"
+        before, half, behind = source.read_text().partition("return 0.5f * x")
+        assert half
+        source.write_text(f"{before}return {factor} * x{behind}")
         out = tmp_path / factor
         command = [*map(str, (*GPU, "-ge", 0, *shards, "-x", 2, "-o", out))]
         subprocess.run([sys.executable, "train.py", *command], cwd=copy, check=True, capture_output=True)
