@@ -445,7 +445,7 @@ FAULTS = (
     ),
     *_in(
         "gelu.cuh gelu_slope",
-        ("the 3 of the cube's slope missing", "3.0f * CUBIC", "CUBIC"),
+        ("the 3 of the cube's slope missing", "1.5f * CUBIC", "0.5f * CUBIC"),
         ("tanh not squared in its slope", "1.0f - t * t", "1.0f - t"),
     ),
     *_in(
