@@ -10,7 +10,7 @@
 // target: sm_90a alone
 // variants: HS = 64, 128
 #include <attention.cuh>
-#include <hopper.cuh>
+#include <warpgroup.cuh>
 
 // Warpgroups of a forward block, and of each kernel the blocks that a multiprocessor has registers and memory for.
 #if HS == 64
@@ -22,10 +22,7 @@ constexpr int STAGES = 2;
 // The thread that fills is of the first warpgroup, which leaves out the last step: those keys come after its queries.
 static_assert(STAGES >= FORWARD_GROUPS, "or nobody fills a stage for it");
 
-constexpr int GROUP = 128;       // threads
-constexpr int ROWS = 64;         // of a warpgroup, of a box, and of a stage
-constexpr int BOX = ROWS * 64;   // elements: it has 64 columns
-constexpr int HEAD = ROWS * HS;  // elements of 64 rows of a head: boxes, side by side
+constexpr int HEAD = ROWS * HS;  // elements of 64 rows of a head, as many as a stage has: boxes, side by side
 constexpr int HEAD_BYTES = HEAD * 2;
 constexpr int PACKS = HS / PACK;  // of a row; fewer than lanes, which share out a warp's rows
 
@@ -55,12 +52,6 @@ struct Task {
 __device__ __forceinline__ int place(int row, int column) {
     return column / 64 * BOX + row * 64 + (column % 64 / 8 ^ row % 8) * 8;
 }
-
-// The first of the two rows of a warpgroup's 64 that the thread has a part of; the other one is 8 below.
-__device__ __forceinline__ int row_in_group() { return threadIdx.x / WARP % 4 * 16 + tile_row(); }
-
-// Which warpgroup the thread is of: the same register for a whole warp, for addresses that all of it shares.
-__device__ __forceinline__ int warpgroup() { return __shfl_sync(ALL_LANES, threadIdx.x / GROUP, 0); }
 
 // 64 rows of a head, as a factor of either kind.
 __device__ __forceinline__ unsigned long long head_factor(const bf16* rows) { return factor(rows, BOX * 2); }

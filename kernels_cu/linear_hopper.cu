@@ -8,7 +8,7 @@
 // target: sm_90a alone
 // variants: CLUSTER = 1, 2
 #include <gelu.cuh>
-#include <hopper.cuh>
+#include <warpgroup.cuh>
 
 #ifndef CLUSTER
 #define CLUSTER 2
@@ -17,13 +17,11 @@
 // A cluster of CLUSTER blocks takes as many times 128 rows of the result and the same 256 columns, for which each block
 // fetches a share of the weight for all. A block has three warpgroups: one thread of the first fills a ring of stages,
 // the others have 64 rows each. Blocks stay, and take one tile after the other.
-constexpr int GROUP = 128, GROUPS = 2;  // threads of a warpgroup; warpgroups that multiply
+constexpr int GROUPS = 2;  // warpgroups that multiply
 constexpr int THREADS = (1 + GROUPS) * GROUP;
-constexpr int ROWS = 64;      // of a warpgroup
 constexpr int COLUMNS = 256;  // of a tile
 constexpr int DEPTH = 64;     // of a stage
 constexpr int STAGES = 4;
-constexpr int BOX = 64 * 64;                   // elements
 constexpr int BOXES = COLUMNS / 64;            // of the weight, behind those of inp
 constexpr int STAGE = (GROUPS + BOXES) * BOX;  // elements
 constexpr int PRODUCTS = DEPTH / 16;           // of a stage
@@ -100,7 +98,7 @@ __device__ __forceinline__ void forward(
     bf16* const biases = shared + STAGES * STAGE;  // of two tiles
     __shared__ Stages stages;
 
-    const int group = __shfl_sync(ALL_LANES, threadIdx.x / GROUP, 0), block = CLUSTER > 1 ? block_in_cluster() : 0;
+    const int group = warpgroup(), block = CLUSTER > 1 ? block_in_cluster() : 0;
     const int columns = (N - 1) / COLUMNS + 1, tiles = ((M - 1) / (CLUSTER * GROUPS * ROWS) + 1) * columns;
     const int begin = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER, chunks = K / DEPTH;
     const auto row_of = [&](int tile) { return (tile / columns * CLUSTER + block) * GROUPS * ROWS; };
@@ -132,7 +130,7 @@ __device__ __forceinline__ void forward(
         take_registers<MANY>();
         // A thread has parts of a row of the tile, and of the row 8 below.
         const int lane = threadIdx.x % WARP;
-        const int row = (group - 1) * ROWS + threadIdx.x / WARP % (GROUP / WARP) * 16 + lane / 4;
+        const int row = row_in_group() + (group - 1) * ROWS;
         const unsigned long long a = factor(shared + (group - 1) * BOX), b = factor(shared + GROUPS * BOX);
         float sum[COLUMNS / 8][4];
         // Of the tile before: its sums, pairs of a row and of the row 8 below; where the thread's first eight columns

@@ -28,7 +28,7 @@ __device__ __forceinline__ float log2_fast(float x) {
     return y;
 }
 
-// tanh(x), to 2^-10.9 of it.
+// tanh(x), to about 2^-11 of it.
 __device__ __forceinline__ float tanh_fast(float x) {
     float y;
     asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));

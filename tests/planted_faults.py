@@ -444,6 +444,10 @@ FAULTS = (
         ("no square in the cube", "x * (SCALE + CUBIC * (x * x))", "x * (SCALE + CUBIC * x)"),
     ),
     *_in(
+        "gelu.cuh gelu",
+        ("the half missing", "0.5f * x + ", "x + "),
+    ),
+    *_in(
         "gelu.cuh gelu_slope",
         ("the 3 of the cube's slope missing", "1.5f * CUBIC", "0.5f * CUBIC"),
         ("tanh not squared in its slope", "1.0f - t * t", "1.0f - t"),

@@ -41,6 +41,16 @@ def test_what_is_fastest_is_told_beside_what_is_in_use(stand_in):
     assert multiplies.a_step(found, lambda algorithms: algorithms[2]) == pytest.approx(13 * 1.2)
 
 
+def test_our_own_stands_among_cublaslts(stand_in, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cublaslt, "own_multiply", lambda operation: lambda *operands: calls.append(operation))
+    stand_in.proposed, stand_in.speeds = [2], Counter({2: 2e-3})
+    found = multiplies.compare(SMALL, 12, cuda, thorough=False, most=5, seconds=0.002)
+    table = [line.split() for line in multiplies.lines(found)[1:]]
+    assert [row[:-2] for row in table] == [["2", "7", "7", "7", "7"], ["our", "own"]]
+    assert set(calls) == {SMALL}
+
+
 def test_what_is_in_use_comes_first_though_it_is_slower(stand_in):
     """Without a table that is cublasLt's first proposal."""
     stand_in.proposed, stand_in.speeds = [2, 3], Counter({2: 2e-3, 3: 1e-3})

@@ -248,11 +248,11 @@ class Library:
         out = lt.matrix_layout_create(CUDA_TYPES[op.dtype], op.N, op.M, op.N)
         return Plan(description, a, b, out, None)
 
-    def accepts(self, op: Operation, digits: str) -> bool:
-        """Whether it can be done with this algorithm."""
-        if digits == OWN:
+    def accepts(self, op: Operation, chosen: str) -> bool:
+        """Whether it can be done with this algorithm: its digits or OWN."""
+        if chosen == OWN:
             return own_multiply(op) is not None
-        return self._can_run(op, self._describe(op), self._algorithm(digits))
+        return self._can_run(op, self._describe(op), self._algorithm(chosen))
 
     def _can_run(self, op: Operation, plan: Plan, algorithm: Any) -> bool:
         lt, attributes = self._lt, self._lt.MatmulDescAttribute

@@ -76,7 +76,7 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
     its own, slowly.
     """
     grads, HS = kernels.grad_variant(grad_dtype), dims["C"] // dims["NH"]
-    attention.for_hopper = cuda.compute_capability() == 90
+    attention.for_hopper = hopper = cuda.compute_capability() == 90
     for source, *variants in (
         ("adamw", grads),
         ("attention", {"HS": HS}),
@@ -95,8 +95,8 @@ def prepare(dims: Mapping[str, int], gelu_fusion: int, grad_dtype: Any) -> None:
             kernels.KERNELS.load(source, defines)
     if attention.on_hopper(HS):
         kernels.KERNELS.load("attention_hopper", {"HS": HS})
-    linear_hopper.use(attention.for_hopper)
-    if attention.for_hopper:
+    linear_hopper.use(hopper)
+    if hopper:
         linear_hopper.load()
     scratch.reserve(_most_scratch(dims, grad_dtype))
     fastest = 2 if cuda.compute_capability() >= 90 else 0
