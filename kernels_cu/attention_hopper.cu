@@ -2,25 +2,25 @@
 // with the tensor memory accelerator (after FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). That over queries
 // comes first here, and leaves D, and lse in base 2.
 //
-// A block has one warpgroup, or two, of 64 rows each. What they go through comes by a ring of stages in shared memory;
-// one thread keeps it filled. All that a product makes stays in registers: of a product's result, rounded to bf16, the
-// next product's left factor is made in place. A warpgroup waits for all that it starts: several on a multiprocessor
-// fill each other's gaps, the better, the more there are.
+// A block has one warpgroup, or two, of 64 rows each. What they go through comes by a ring of stages in shared memory:
+// where there are two, it is fetched once for both, which saves energy, and with it time. One thread keeps it filled.
+// All that a product makes stays in registers: of a product's result, rounded to bf16, the next product's left factor
+// is made in place. A warpgroup waits for all that it starts: several on a multiprocessor fill each other's gaps, the
+// better, the more there are.
 //
 // target: sm_90a alone
 // variants: HS = 64, 128
 #include <attention.cuh>
 #include <warpgroup.cuh>
 
-// Warpgroups of a forward block, and of each kernel the blocks that a multiprocessor has registers and memory for.
+// Warpgroups of a block, and of each kernel the blocks that a multiprocessor has registers and memory for.
 #if HS == 64
-constexpr int FORWARD_GROUPS = 1, FORWARD_BLOCKS = 5, KV_BLOCKS = 3, Q_BLOCKS = 4;
+constexpr int FORWARD_GROUPS = 1, FORWARD_BLOCKS = 5, Q_BLOCKS = 2, KV_BLOCKS = 3;
 #else
-constexpr int FORWARD_GROUPS = 2, FORWARD_BLOCKS = 2, KV_BLOCKS = 2, Q_BLOCKS = 2;
+constexpr int FORWARD_GROUPS = 2, FORWARD_BLOCKS = 2, Q_BLOCKS = 1, KV_BLOCKS = 2;
 #endif
-constexpr int STAGES = 2;
-// The thread that fills is of the first warpgroup, which leaves out the last step: those keys come after its queries.
-static_assert(STAGES >= FORWARD_GROUPS, "or nobody fills a stage for it");
+constexpr int Q_GROUPS = 2;
+constexpr int STAGES = 2, Q_STAGES = 4;
 
 constexpr int HEAD = ROWS * HS;  // elements of 64 rows of a head, as many as a stage has: boxes, side by side
 constexpr int HEAD_BYTES = HEAD * 2;
@@ -101,17 +101,22 @@ __device__ __forceinline__ void store_tile(
     }
 }
 
-// The ring of stages, for what comes in steps. A stage is full when its bytes are there, and empty when all have left
-// it who use it.
+// The ring of stages, for what comes in steps, to so many warpgroups. A stage is full when its bytes are there, and
+// empty when all warps have left it. It is filled anew LAG steps after its use: so far others may be behind the
+// warpgroup of the thread that fills.
+template <int STAGES, int GROUPS>
 struct Ring {
+    static constexpr int LAG = STAGES / 2;
+    // Forward and over queries the first warpgroup leaves out the last steps: those keys come after its queries.
+    static_assert(STAGES - LAG >= GROUPS - 1, "or its thread does not fill stages for the others");
     Barrier full[STAGES], empty[STAGES];
 
-    // All threads: for so many calls of leave in a step, and a barrier besides for what each warpgroup has for itself.
-    __device__ __forceinline__ void make(int leavers, Barrier& own) {
+    // All threads; a barrier besides, for what each warpgroup has for itself.
+    __device__ __forceinline__ void make(Barrier& own) {
         if (threadIdx.x == 0) {
             for (int i = 0; i < STAGES; i++) {
                 barrier_make(full[i], 1);
-                barrier_make(empty[i], leavers);
+                barrier_make(empty[i], GROUPS * GROUP / WARP);
             }
             barrier_make(own, 1);
             barriers_made();
@@ -123,23 +128,21 @@ struct Ring {
     __device__ __forceinline__ void begin(unsigned steps, Fill fill) {
         for (unsigned step = 0; step < min(STAGES, steps); step++) fill(step, step, full[step]);
     }
-    // A warp, in each step: the thread that fills has it called for the stage of the step before, once the others have
+    // A warp, in each step: the thread that fills has it called for the stage of LAG steps before, once the others have
     // left that too.
     template <typename Fill>
     __device__ __forceinline__ void go_on(bool fills, unsigned step, unsigned steps, Fill fill) {
-        const unsigned next = step - 1 + STAGES, stage = next % STAGES;
-        if (fills && step > 0 && next < steps) {
+        const unsigned next = step - LAG + STAGES, stage = next % STAGES;
+        if (fills && step >= LAG && next < steps) {
             barrier_wait(empty[stage], next / STAGES - 1 & 1);
             fill(next, stage, full[stage]);
         }
         __syncwarp();
     }
     __device__ __forceinline__ void wait_full(unsigned step) { barrier_wait(full[step % STAGES], step / STAGES & 1); }
-    // A thread is through with a stage.
-    __device__ __forceinline__ void leave(unsigned step) { barrier_arrive(empty[step % STAGES]); }
-    // A warp is, of which no thread has read anything but by products.
-    __device__ __forceinline__ void leave_together(unsigned step) {
-        if (threadIdx.x % WARP == 0) leave(step);
+    // A warp is through with a stage: its threads have met, at a product, since they read there.
+    __device__ __forceinline__ void leave(unsigned step) {
+        if (threadIdx.x % WARP == 0) barrier_arrive(empty[step % STAGES]);
     }
 };
 
@@ -170,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS* GROUP, FORWARD_BLOC
     bf16* const q = shared;
     bf16* const k = q + FORWARD_GROUPS * HEAD;  // the stages' keys,
     bf16* const v = k + STAGES * HEAD;          // and values
-    __shared__ Ring ring;
+    __shared__ Ring<STAGES, FORWARD_GROUPS> ring;
     __shared__ Barrier queries;
 
     const int shares = (T - 1) / (FORWARD_GROUPS * ROWS) + 1;
@@ -180,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS* GROUP, FORWARD_BLOC
     const int end = min(block + FORWARD_GROUPS * ROWS, T), all_steps = (end - 1) / ROWS + 1;
     const FillKeys fill = {k, v, qkv, C, column, b};
     const bool fills = threadIdx.x == 0;
-    ring.make(FORWARD_GROUPS * GROUP / WARP, queries);
+    ring.make(queries);
     if (fills) {
         barrier_arrive_expecting(queries, FORWARD_GROUPS * HEAD_BYTES);
         for (int i = 0; i < FORWARD_GROUPS; i++) load_rows(q + i * HEAD, qkv, column, block + i * ROWS, b, queries);
@@ -257,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS* GROUP, FORWARD_BLOC
         products_wait<0>();
         products_done(o.x);
         products_done(p);
-        ring.leave_together(step);
+        ring.leave(step);
     }
     total0 = row_sum(total0);
     total1 = row_sum(total1);
@@ -291,8 +294,9 @@ struct Row {
     }
 };
 
-// The gradients of 64 queries of a head, and what backward over keys has to know of them: ceil(T / 64) B NH blocks.
-extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_backward_q(
+// The gradients of 64 queries a warpgroup of a head, and what backward over keys has to know of them: ceil(T / rows) B
+// NH blocks.
+extern "C" __global__ void __launch_bounds__(Q_GROUPS* GROUP, Q_BLOCKS) attention_hopper_backward_q(
     bf16* __restrict__ dqkv,                      // (B,T,3,NH,HS)
     float* __restrict__ statistics,               // (B,NH,blocks,2,64): lse, in base 2, and D
     const unsigned long long* __restrict__ dout,  // (16)
@@ -302,25 +306,31 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
     int blocks, int tail, int B, int T, int NH) {
     DYNAMIC_SHARED(bf16, shared);
     bf16* const q = shared;
-    bf16* const dy = q + HEAD;
-    bf16* const k = dy + HEAD;          // the stages' keys,
-    bf16* const v = k + STAGES * HEAD;  // and values
-    __shared__ Ring ring;
+    bf16* const dy = q + Q_GROUPS * HEAD;
+    bf16* const k = dy + Q_GROUPS * HEAD;  // the stages' keys,
+    bf16* const v = k + Q_STAGES * HEAD;   // and values
+    __shared__ Ring<Q_STAGES, Q_GROUPS> ring;
     __shared__ Barrier queries;
 
-    const Task task(B, NH, blocks, tail);
-    const int C = NH * HS, column = task.column, b = task.b, block = blocks - 1 - task.share;
-    const int first = block * ROWS, steps = block + 1;
+    const int shares = (T - 1) / (Q_GROUPS * ROWS) + 1;
+    const Task task(B, NH, shares, tail);
+    const int group = warpgroup(), C = NH * HS, column = task.column, b = task.b;
+    const int block = (shares - 1 - task.share) * Q_GROUPS * ROWS;  // its first query
+    const int end = min(block + Q_GROUPS * ROWS, T), all_steps = (end - 1) / ROWS + 1;
     const FillKeys fill = {k, v, qkv, C, column, b};
     const bool fills = threadIdx.x == 0;
-    ring.make(GROUP / WARP, queries);
+    ring.make(queries);
     if (fills) {
-        barrier_arrive_expecting(queries, 2 * HEAD_BYTES);
-        load_rows(q, qkv, column, first, b, queries);
-        load_rows(dy, dout, column, first, b, queries);
-        ring.begin(steps, fill);
+        barrier_arrive_expecting(queries, Q_GROUPS * 2 * HEAD_BYTES);
+        for (int i = 0; i < Q_GROUPS; i++) {
+            load_rows(q + i * HEAD, qkv, column, block + i * ROWS, b, queries);
+            load_rows(dy + i * HEAD, dout, column, block + i * ROWS, b, queries);
+        }
+        ring.begin(all_steps, fill);
     }
 
+    const int first = block + group * ROWS;  // the warpgroup's first query
+    bf16 *const my_q = q + group * HEAD, *const my_dy = dy + group * HEAD;
     const int row = row_in_group(), row0 = first + row, row1 = row0 + 8;
     const size_t head = task.head;
     const float* const head_lse = lse + head * T;
@@ -330,20 +340,22 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
     const Row out0(head_out + static_cast<size_t>(min(row0, T - 1)) * C);
     const Row out1(head_out + static_cast<size_t>(min(row1, T - 1)) * C);
     barrier_wait(queries, 0);
-    const float D0 = out0.dot(dy, row), D1 = out1.dot(dy, row + 8);
-    if (threadIdx.x % 4 == 0) {
-        float* const mine = statistics + (head * blocks + block) * 2 * ROWS + row;
+    const float D0 = out0.dot(my_dy, row), D1 = out1.dot(my_dy, row + 8);
+    if (threadIdx.x % 4 == 0 && first < T) {
+        float* const mine = statistics + (head * blocks + first / ROWS) * 2 * ROWS + row;
         mine[0] = lse0;
         mine[8] = lse1;
         mine[ROWS] = D0;
         mine[ROWS + 8] = D1;
     }
-    const unsigned long long q_factor = head_factor(q), dy_factor = head_factor(dy);
+    const unsigned long long q_factor = head_factor(my_q), dy_factor = head_factor(my_dy);
     const unsigned long long k_factor = head_factor(k), v_factor = head_factor(v);
     const float scale = rsqrtf(static_cast<float>(HS));
     Tile<HS> dq;
-    for (int step = 0; step < steps; step++) {
-        const int now = step % STAGES * HEAD_BYTES;
+    // Where all its queries lie beyond T a warpgroup goes along: every warp must leave a stage.
+    const int last = min(first, end - 1) / ROWS;
+    for (int step = 0; step <= last; step++) {
+        const int now = step % Q_STAGES * HEAD_BYTES;
         Tile<ROWS> p, ds;
         ring.wait_full(step);
         products_begin();
@@ -352,7 +364,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
         products_begin();
         multiply_transposed(ds, dy_factor, behind(v_factor, now));
         products_commit();
-        ring.go_on(fills, step, steps, fill);
+        ring.go_on(fills, step, all_steps, fill);
         products_wait<1>();
         products_done(p.x);
 #pragma unroll
@@ -362,7 +374,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
                 p.x[n][i] = exp2_fast(p.x[n][i] * (scale * LOG2E) - lse0);
                 p.x[n][i + 2] = exp2_fast(p.x[n][i + 2] * (scale * LOG2E) - lse1);
             }
-        if (step == block) {
+        if (step * ROWS == first) {
             const int seen = row - tile_column(0);
 #pragma unroll
             for (int n = 0; n < ROWS / 8; n++)
@@ -389,10 +401,10 @@ extern "C" __global__ void __launch_bounds__(GROUP, Q_BLOCKS) attention_hopper_b
         products_wait<0>();
         products_done(dq.x);
         products_done(left_ds);
-        ring.leave_together(step);
+        ring.leave(step);
     }
     const size_t pitch = 3 * static_cast<size_t>(C);
-    store_tile(dqkv + b * T * pitch + column, pitch, first, T, q, dq, scale, scale);
+    store_tile(dqkv + b * T * pitch + column, pitch, first, T, my_q, dq, scale, scale);
 }
 
 // The gradients of 64 keys and values of a head: ceil(T / 64) B NH blocks. Scores are transposed here: rows are keys,
@@ -408,7 +420,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
     bf16* const v = k + HEAD;
     bf16* const q = v + HEAD;            // the stages' queries,
     bf16* const dy = q + STAGES * HEAD;  // and the gradients of their outputs
-    __shared__ Ring ring;
+    __shared__ Ring<STAGES, 1> ring;
     __shared__ Barrier keys;
     __shared__ __align__(16) float queries[STAGES][2][ROWS];  // their statistics
 
@@ -425,7 +437,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
         copy_bytes(queries[stage], of_head + 2 * start, BYTES, full);
     };
     const bool fills = threadIdx.x == 0;
-    ring.make(GROUP, keys);
+    ring.make(keys);
     if (fills) {
         barrier_arrive_expecting(keys, 2 * HEAD_BYTES);
         load_rows(k, qkv, C + column, first, b, keys);
@@ -490,7 +502,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
         products_done(left_p);
         products_done(dk.x);
         products_done(left_ds);
-        ring.leave(step);  // each thread: it has read lse and D
+        ring.leave(step);
     }
     const size_t pitch = 3 * static_cast<size_t>(C);
     bf16* const dhead = dqkv + b * T * pitch + column;

@@ -611,7 +611,7 @@ def test_attention(twin, sizes, monkeypatch, for_hopper):
         pytest.skip("this GPU is no Hopper")
     monkeypatch.setattr(CUDA.attention, "for_hopper", for_hopper)
     for B, T, NH, HS in sizes(*ATTENTION_SIZES):
-        if for_hopper and HS not in CUDA.attention.FORWARD_GROUPS:
+        if for_hopper and HS not in CUDA.attention.HOPPER:
             continue
         C = NH * HS
         qkv, dout = normal(B, T, 3 * C) * 1.5, normal(B, T, C)
@@ -705,9 +705,11 @@ def hopper_attention(twin, monkeypatch):
             launch(source, name, grid, *rest, **options)
 
         monkeypatch.setattr(kernels, "launch", launched)
-        rows = {"forward": 64 * attention.FORWARD_GROUPS[HS], "backward_q": 64, "backward_kv": 64}
-        room = {name: 2 * (-(-T // count) + 1) * tail // 5 for name, count in rows.items()}
-        monkeypatch.setattr(attention, "ROOM", {HS: room})
+        with_tail = {
+            name: (groups, stages, 2 * (-(-T // (64 * groups)) + 1) * tail // 5)
+            for name, (groups, stages, _) in attention.HOPPER[HS].items()
+        }
+        monkeypatch.setattr(attention, "HOPPER", {HS: with_tail})
         monkeypatch.setattr(attention, "MULTIPROCESSORS", 1)
         C = NH * HS
         out, lse, dqkv = twin.nan(B, T, C), twin.nan(B, NH, T, dtype=F32), twin.nan(B, T, 3 * C)
@@ -741,7 +743,7 @@ def test_hopper_attention_begins_with_the_longest(hopper_attention, HS, name, ar
     Of forward and over queries the last blocks have the longest way to go, over keys the first.
     """
     B, T, NH, tail = 2, 150, 2, 3
-    rows = 64 * CUDA.attention.FORWARD_GROUPS[HS] if name == "forward" else 64
+    rows = 64 * CUDA.attention.HOPPER[HS][name][0]
     shares = range(-(-T // rows))
     order = [(0, share) for share in shares] + [(head, share) for share in shares for head in range(1, B * NH)]
     qkv, dout = normal(B, T, 3 * NH * HS), normal(B, T, NH * HS)

@@ -16,11 +16,11 @@ THREADS = 128  # for them
 
 # Whether Hopper's kernels are taken where there are some: kernels_cu/attention_hopper.cu.
 for_hopper = False
-FORWARD_GROUPS = {64: 1, 128: 2}  # of ROWS rows each, in a block, by head size, as in that file; one backward
-STAGES = 2
-ROOM = {  # for blocks on a multiprocessor: it decides nothing but their order
-    64: {"forward": 5, "backward_kv": 3, "backward_q": 4},
-    128: {"forward": 2, "backward_kv": 2, "backward_q": 2},
+# By head size, as in that file: warpgroups of ROWS rows each in a block, the stages that they go through, and how many
+# blocks a multiprocessor has room for, which decides nothing but their order.
+HOPPER = {
+    64: {"forward": (1, 2, 5), "backward_q": (2, 4, 2), "backward_kv": (1, 2, 3)},
+    128: {"forward": (2, 2, 2), "backward_q": (2, 4, 1), "backward_kv": (1, 2, 2)},
 }
 
 
@@ -57,13 +57,13 @@ def backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array) -> No
 def scratch_bytes(dims: Mapping[str, int]) -> int:
     """D; of heads that Hopper's kernels are for, lse and D."""
     B, T, NH, C = (dims[name] for name in ("B", "T", "NH", "C"))
-    if C // NH in FORWARD_GROUPS:
+    if C // NH in HOPPER:
         return B * NH * blocks(T, ROWS) * 2 * ROWS * 4
     return B * NH * T * 4
 
 
 def on_hopper(HS: int) -> bool:
-    return for_hopper and HS in FORWARD_GROUPS
+    return for_hopper and HS in HOPPER
 
 
 def shared_bytes(HS: int) -> dict[str, int]:
@@ -88,16 +88,16 @@ def _launch(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) -> None
 
 def _launch_hopper(name: str, B: int, NH: int, T: int, HS: int, *args: Any) -> None:
     """A kernel with a warpgroup for each ROWS rows of a head; two arrays' rows in a stage."""
-    groups, own = (FORWARD_GROUPS[HS], FORWARD_GROUPS[HS]) if name == "forward" else (1, 2)
+    (groups, stages, room), own = HOPPER[HS][name], 1 if name == "forward" else 2
     shares = blocks(T, ROWS * groups)
     # So many that the longest of their blocks, started first, end before the others do.
-    tail = min(B * NH, blocks(5 * ROOM[HS][name] * MULTIPROCESSORS, 2 * (shares + 1)))
+    tail = min(B * NH, blocks(5 * room * MULTIPROCESSORS, 2 * (shares + 1)))
     kernels.launch(
         "attention_hopper",
         f"attention_hopper_{name}",
         (shares * B * NH,),
         (THREADS * groups,),
         *(*args, tail, B, T, NH),
-        shared_bytes=(own + 2 * STAGES) * ROWS * HS * 2,
+        shared_bytes=(own * groups + 2 * stages) * ROWS * HS * 2,
         defines={"HS": HS},
     )
