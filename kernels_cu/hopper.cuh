@@ -81,13 +81,14 @@ __device__ __forceinline__ void barrier_arrive_in(unsigned block, Barrier& barri
         : "memory");
 }
 
-// copy_box to the same place in the first `blocks` blocks of the cluster: in each, its bytes arrive at this barrier.
-__device__ __forceinline__ void copy_box_to_all(
-    int blocks, void* shared, const unsigned long long* map, int x, int y, int z, Barrier& barrier) {
+// As copy_box, a box of what engine/device/tensor_map.py's spread makes, its row `row` first, a multiple of 32; to the
+// same place in the first `blocks` blocks of the cluster: in each, its bytes arrive at this barrier.
+__device__ __forceinline__ void copy_spread_to_all(
+    int blocks, void* shared, const unsigned long long* map, int x, int row, Barrier& barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(shared)),
-        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(&barrier)),
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, 0, 0, 0, %3}], [%4], %5;" ::"r"(shared_address(shared)),
+        "l"(map), "r"(x), "r"(row / 32), "r"(shared_address(&barrier)),
         "h"(static_cast<unsigned short>((1 << blocks) - 1))
         : "memory");
 }

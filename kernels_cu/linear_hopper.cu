@@ -28,9 +28,9 @@ constexpr int PRODUCTS = DEPTH / 16;           // of a stage
 constexpr int FEW = 40, MANY = 232;            // registers of a thread that fills, and of one that multiplies
 static_assert((FEW + GROUPS * MANY) * GROUP <= 65536, "of a multiprocessor");
 
-// A thread has, of its two rows, eight columns of each 32: it finishes eight by eight, one behind every second product
-// of the next tile's first stages. (A warp that has issued a product waits until that is nearly done to issue the
-// next.)
+// The weight's rows lie in a stage in such an order that a thread has, of each of its two rows, eight columns side by
+// side of each 32. It finishes eight by eight, one behind every second product of the next tile's first stages. (A warp
+// that has issued a product waits until that is nearly done to issue the next.)
 constexpr int EIGHTS = 2 * COLUMNS / 32;
 constexpr int FINISHING = 2 * EIGHTS / PRODUCTS;  // stages
 
@@ -72,24 +72,6 @@ struct Stages {
     }
 };
 
-// Of each of the four lanes that share a row of sums, r[i] is its pair of the row's columns from 8 i on. Afterwards
-// lane q has the eight from 8 q on.
-__device__ __forceinline__ void gather_eight(unsigned (&r)[4]) {
-#pragma unroll
-    for (int far = 1; far <= 2; far *= 2) {
-        const bool upper = threadIdx.x & far;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            unsigned &low = r[far == 1 ? 2 * i : i], &high = r[far == 1 ? 2 * i + 1 : i + 2];
-            const unsigned other = __shfl_xor_sync(ALL_LANES, upper ? low : high, far);
-            if (upper)
-                low = other;
-            else
-                high = other;
-        }
-    }
-}
-
 template <bool HAS_GELU>
 __device__ __forceinline__ void forward(
     bf16* out, bf16* pre, const unsigned long long* inp, const unsigned long long* weight, const bf16* bias, int M,
@@ -118,11 +100,7 @@ __device__ __forceinline__ void forward(
                 for (int i = 0; i < GROUPS; i++) copy_box(stage + i * BOX, inp, k, m + i * ROWS, 0, there);
 #pragma unroll 1  // few registers
                 for (int i = block * BOXES / CLUSTER; i < (block + 1) * BOXES / CLUSTER; i++) {
-                    bf16* const box = stage + (GROUPS + i) * BOX;
-                    if (CLUSTER > 1)
-                        copy_box_to_all(CLUSTER, box, weight, k, n + i * 64, 0, there);
-                    else
-                        copy_box(box, weight, k, n + i * 64, 0, there);
+                    copy_spread_to_all(CLUSTER, stage + (GROUPS + i) * BOX, weight, k, n + i * 64, there);
                 }
             }
         }
@@ -143,11 +121,8 @@ __device__ __forceinline__ void forward(
             const int lower = i % 2, column = i / 2 * 32;
             const size_t at = place + static_cast<size_t>(lower * 8) * N + column;
             const bool is_there = column < width[lower];
-            unsigned r[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) r[j] = rounded[column / 8 + j][lower];
-            gather_eight(r);
-            uint4 eight = make_uint4(r[0], r[1], r[2], r[3]);
+            const unsigned (*pairs)[2] = rounded + column / 8;
+            uint4 eight = make_uint4(pairs[0][lower], pairs[1][lower], pairs[2][lower], pairs[3][lower]);
             if (HAS_GELU) {
                 if (is_there) *reinterpret_cast<uint4*>(pre + at) = eight;
                 Pack x = load(reinterpret_cast<const bf16*>(&eight));
@@ -184,11 +159,11 @@ __device__ __forceinline__ void forward(
             products_wait<0>();
             products_done(sum);
             stages.leave(step - 1);
-            const bf16* const its_bias = biases + number % 2 * COLUMNS + 2 * (lane % 4);
+            const bf16* const its_bias = biases + number % 2 * COLUMNS + lane % 4 * PACK;
 #pragma unroll
             for (int n = 0; n < COLUMNS / 8; n++) {
-                const unsigned pair = *reinterpret_cast<const unsigned*>(its_bias + 8 * n);
-                const float low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000u);
+                const Pack eight = load(its_bias + n / 4 * 32);
+                const float low = eight.x[n % 4 * 2], high = eight.x[n % 4 * 2 + 1];
 #pragma unroll
                 for (int i = 0; i < 2; i++) rounded[n][i] = pack_bf16(sum[n][2 * i] + low, sum[n][2 * i + 1] + high);
             }

@@ -578,10 +578,6 @@ FAULTS = (
         ("the zeros behind the one", "widen(from[C])", "widen(from[C + 1])"),
     ),
     *_in(
-        "linear_hopper.cu gather_eight",
-        ("two lanes keep their own", "upper ? low : high", "upper ? high : low"),
-    ),
-    *_in(
         "linear_hopper.cu",
         (
             "stages filled while they are read",

@@ -28,6 +28,18 @@ def rows(array: Array, B: int, T: int, columns: int) -> Array:
     return _maps[key]
 
 
+def spread(array: Array, N: int, K: int) -> Array:
+    """The map, uint64 (16) on the device, of bf16 (N,K), N a multiple of 32, by boxes of 64 rows and 64 columns. Of each
+    32 rows 8 a + 2 b + i comes as 8 b + 2 a + i: if the product of a warpgroup has them as columns, then of each 32 a
+    thread has eight side by side, not four times two.
+    """
+    key = address_of(array), N, K
+    if key not in _maps:
+        strides = tuple(2 * K * rows for rows in (1, 8, 2, 32))
+        _maps[key] = cuda.to_device(encode(array, (K, 2, 4, 4, N // 32), strides, (64, 2, 4, 4, 2)))
+    return _maps[key]
+
+
 def encode(array: Array, dims: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> np.ndarray:
     """What the driver makes of a bf16 tensor, uint64 (16). dims, in elements, and box innermost first; strides: bytes
     from one to the next in all dimensions but the innermost.

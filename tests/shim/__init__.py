@@ -73,22 +73,25 @@ class ShimModule:
 
 
 def tensor_map(array: np.ndarray, dims: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> np.ndarray:
-    """What hopper.cuh's copy_box takes on the CPU: 16 uint64. It has the array's address: keep the array.
+    """What hopper.cuh's copies of boxes take on the CPU: 16 uint64. It has the array's address: keep the array.
 
-    dims: of the tensor, in elements, innermost first, three; strides: bytes from one to the next in the second and the
-    third dimension; box: what one copy takes, in elements. Raises ValueError for what the GPU's driver would refuse,
+    dims: of the tensor, in elements, innermost first, three or five; strides: bytes from one to the next in all but the
+    first; box: what one copy takes, in elements. Raises ValueError for what the GPU's driver would refuse,
     and for rows that are not 128 bytes of two-byte elements.
     """
-    if len(dims) != 3 or len(strides) != 2 or len(box) != 3:
-        raise ValueError(f"three dimensions: dims {dims}, strides {strides}, box {box}")
+    rank = len(dims)
+    if rank not in (3, 5) or len(strides) != rank - 1 or len(box) != rank:
+        raise ValueError(f"three dimensions, or five: dims {dims}, strides {strides}, box {box}")
     if array.itemsize != 2 or 2 * box[0] != 128:
         raise ValueError(f"rows of a box are 64 elements of two bytes: {box[0]} of {array.itemsize}")
     if not all(1 <= n <= 256 for n in box) or not all(1 <= n <= 1 << 32 for n in dims):
         raise ValueError(f"a box has 1 to 256 elements a side, a tensor at least one: box {box}, dims {dims}")
     if array.ctypes.data % 16 or any(stride % 16 or not 0 < stride < 1 << 40 for stride in strides):
         raise ValueError(f"not in multiples of 16 bytes: address {array.ctypes.data:#x}, strides {strides}")
-    values = [0x70616D726F736E74, array.ctypes.data, *dims, *strides, *box]
-    return np.array(values + [0] * (16 - len(values)), np.uint64)
+    more = 5 - rank
+    return np.array(
+        [0x70616D726F736E74, array.ctypes.data, *dims, *[1] * more, *strides, *[0] * more, *box, *[1] * more], np.uint64
+    )
 
 
 def _value(name: str, i: int, arg: Any, size: int) -> np.ndarray:

@@ -26,16 +26,17 @@ struct Phase {
 
 // A copy under way. `map` is what tests/shim/__init__.py:tensor_map makes.
 struct Map {
-    unsigned long long kind, address, dims[3], strides[2], box[3];
+    unsigned long long kind, address, dims[5], strides[4], box[5];
+    unsigned long long rows() const { return box[1] * box[2] * box[3] * box[4]; }
 };
 struct Transfer {
     Phase* phase;
     unsigned char* shared;
     const Map* map;  // null: so many bytes as they lie in memory
-    long long at[3];
+    long long at[5];
     const void* global;
     long long count;
-    long long bytes() const { return map ? 2 * map->box[0] * map->box[1] * map->box[2] : count; }
+    long long bytes() const { return map ? 2 * map->box[0] * map->rows() : count; }
 };
 
 static Phase barriers[MAX_BARRIERS];
@@ -94,10 +95,15 @@ inline void carry_out(const Transfer& transfer) {
         return;
     }
     const Map& map = *transfer.map;
-    for (unsigned long long row = 0; row < map.box[1] * map.box[2]; row++) {
-        const long long y = transfer.at[1] + row % map.box[1], z = transfer.at[2] + row / map.box[1];
-        const bool inside = y >= 0 && y < (long long)map.dims[1] && z >= 0 && z < (long long)map.dims[2];
-        const bf16* from = reinterpret_cast<const bf16*>(map.address + z * map.strides[1] + y * map.strides[0]);
+    for (unsigned long long row = 0; row < map.rows(); row++) {
+        bool inside = true;
+        unsigned long long address = map.address, left = row;
+        for (unsigned i = 1; i < 5; left /= map.box[i++]) {
+            const long long y = transfer.at[i] + left % map.box[i];
+            inside &= y >= 0 && y < (long long)map.dims[i];
+            address += y * map.strides[i - 1];
+        }
+        const bf16* from = reinterpret_cast<const bf16*>(address);
         for (unsigned c = 0; c < 8; c++) {
             bf16* to = reinterpret_cast<bf16*>(transfer.shared + row * 128 + (c ^ row % 8) * 16);
             for (unsigned i = 0; i < 8; i++) {
@@ -342,20 +348,28 @@ __device__ __forceinline__ void barrier_wait(Barrier& barrier, unsigned parity) 
     asm volatile("" ::: "memory");
 }
 
-__device__ __forceinline__ void copy_box(
-    void* shared, const unsigned long long* map_, int x, int y, int z, Barrier& barrier) {
-    const char* name = "copy_box";
-    using namespace shim;
+namespace shim {
+
+inline void start_copy(
+    const char* name, void* shared, const unsigned long long* map_, const long long (&at)[5], Barrier& barrier) {
     const Map* map = reinterpret_cast<const Map*>(map_);
     Phase& phase = phase_of(name, barrier);
     if (map->kind != TENSOR_MAP) fail(name, "no tensor map there");
     if (transfer_count == MAX_TRANSFERS) fail(name, "too many copies under way");
-    const Transfer transfer = {&phase, static_cast<unsigned char*>(shared), map, {x, y, z}, nullptr, 0};
+    const Transfer transfer = {
+        &phase, static_cast<unsigned char*>(shared), map, {at[0], at[1], at[2], at[3], at[4]}, nullptr, 0};
     const unsigned offset = offset_of(name, shared);
     if (offset % 1024) fail(name, "a box that does not begin at a multiple of 1,024 bytes");
     if (offset + transfer.bytes() > dynamic_size) fail(name, "the box ends outside the dynamic shared memory");
     memset(shared, 0xff, transfer.bytes());  // until waited for, neither the old nor the new may be read
     transfers[transfer_count++] = transfer;
+}
+
+}  // namespace shim
+
+__device__ __forceinline__ void copy_box(
+    void* shared, const unsigned long long* map, int x, int y, int z, Barrier& barrier) {
+    shim::start_copy("copy_box", shared, map, {x, y, z, 0, 0}, barrier);
 }
 
 __device__ __forceinline__ void copy_bytes(void* shared, const void* global, int bytes, Barrier& barrier) {
@@ -370,15 +384,19 @@ __device__ __forceinline__ void copy_bytes(void* shared, const void* global, int
     transfers[transfer_count++] = {&phase, static_cast<unsigned char*>(shared), nullptr, {}, global, bytes};
 }
 
-// Blocks run one after the other here: there are no clusters.
+// Blocks run one after the other here: there are no clusters, or each is one.
 #define __cluster_dims__(x, y, z)
 __device__ __forceinline__ unsigned block_in_cluster() { shim::fail("block_in_cluster", "no clusters here"); }
 __device__ __forceinline__ void cluster_meet() { shim::fail("cluster_meet", "no clusters here"); }
 __device__ __forceinline__ void barrier_arrive_in(unsigned, Barrier&) {
     shim::fail("barrier_arrive_in", "no clusters here");
 }
-__device__ __forceinline__ void copy_box_to_all(int, void*, const unsigned long long*, int, int, int, Barrier&) {
-    shim::fail("copy_box_to_all", "no clusters here");
+__device__ __forceinline__ void copy_spread_to_all(
+    int blocks, void* shared, const unsigned long long* map, int x, int row, Barrier& barrier) {
+    const char* name = "copy_spread_to_all";
+    if (blocks != 1) shim::fail(name, "no clusters here");
+    if (row % 32) shim::fail(name, "a row that is no multiple of 32");
+    shim::start_copy(name, shared, map, {x, 0, 0, 0, row / 32}, barrier);
 }
 
 // A CPU has registers enough.

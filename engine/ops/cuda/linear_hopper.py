@@ -18,12 +18,12 @@ def multiply_of(op: Operation) -> Multiply | None:
     """As cublaslt.own_multiply. A sum is rounded before GELU sees it."""
     fits = op.transpose_b and not op.transpose_a and not op.add and op.dtype == BF16 and op.epilogue in KERNELS
     deep = op.K % DEPTH == 0 and op.K // DEPTH >= FINISHING
-    return partial(_forward, op) if fits and deep and op.N % 8 == 0 else None
+    return partial(_forward, op) if fits and deep and op.N % 32 == 0 else None
 
 
 def _forward(op: Operation, out: Array, a: Array, b: Array, add: None, bias: Array, aux: Array | None) -> None:
     M, N, K = op.M, op.N, op.K
-    maps = tensor_map.rows(a, 1, M, op.a_width), tensor_map.rows(b, 1, N, K)
+    maps = tensor_map.rows(a, 1, M, op.a_width), tensor_map.spread(b, N, K)
     tiles = blocks(M, CLUSTER * GROUPS * ROWS) * blocks(N, COLUMNS)
     clusters = min(cuda.multiprocessors() // CLUSTER, tiles)  # no result depends on how many there are
     kernels.launch(
