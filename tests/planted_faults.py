@@ -596,6 +596,7 @@ FAULTS = (
         ("half of the weight", "(block + 1) * BOXES / CLUSTER", "(block + 1) * BOXES / 2"),
         ("the other warpgroup's rows", "inp, k, m + i * ROWS, 0, there", "inp, k, m, 0, there"),
         ("the bias of the tile before", "biases + number % 2 * COLUMNS +", "biases + (number + 1) % 2 * COLUMNS +"),
+        ("the first columns' bias for all", "its_bias + n / 4 * 32", "its_bias"),
         ("a tile added to the one before", "k > 0 || chunk > 0", "true"),
         ("the next depth's columns", "behind(b, now + k * 16 * 2)", "behind(b, now)"),
         ("a stage left while it is read", "products_wait<1>();", "products_wait<2>();"),

@@ -460,6 +460,22 @@ extern "C" __global__ void box(const unsigned long long* map, unsigned* out, int
     for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) out[bytes / 4 + i] = words[i];
 }
 
+// One box of rows that are spread.
+extern "C" __global__ void spread(const unsigned long long* map, uint4* out, int bytes, int x, int row) {
+    DYNAMIC_SHARED(uint4, unaligned);
+    uint4* packs = aligned(unaligned);
+    __shared__ Barrier there;
+    if (threadIdx.x == 0) {
+        barrier_make(there, 1);
+        barriers_made();
+        barrier_arrive_expecting(there, bytes);
+        copy_spread_to_all(1, packs, map, x, row, there);
+    }
+    __syncthreads();
+    barrier_wait(there, 0);
+    for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) out[i] = packs[i / 8 * 8 + (i % 8 ^ i / 8 % 8)];
+}
+
 // Some of x, to some of the words; every thread waits, or none.
 extern "C" __global__ void some_bytes(
     const float* x, float* out, int count, int expected, int from, int to, int publishes, int waits) {
@@ -531,6 +547,7 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> ShimModule:
     source.write_text(PIPELINE.replace("enum { MISTAKES }", f"enum {{ {names} }}"))
     others = {
         "box": [MAP, "unsigned*", "int", "int", "int", "int"],
+        "spread": [MAP, "uint4*", "int", "int", "int"],
         "some_bytes": ["const float*", "float*", *6 * ["int"]],
         "groups": ["float*"],
         "exponentials": ["const float*", "float*"],
@@ -626,6 +643,29 @@ def test_boxes_are_swizzled_and_zero_outside(hopper, corner):
     np.testing.assert_array_equal(out[1].reshape(24, 8, 8), swizzled)
 
 
+@pytest.mark.parametrize("row", [0, 32, 64])
+def test_rows_come_spread(hopper, row):
+    """Of each 32 the columns that a thread has of a product are eight side by side, beyond the last row zeros."""
+    x = np.arange(96 * 80, dtype=np.uint16).reshape(96, 80)
+    map_of_x = tensor_map(x, (80, 2, 4, 4, 3), [160 * rows for rows in (1, 8, 2, 32)], (64, 2, 4, 4, 2))
+    out = aligned((64, 64))
+    hopper.launch("spread", ONE, (64, 1, 1), 1024 + out.nbytes, [map_of_x, out, *map(np.int32, (out.nbytes, 16, row))])
+    lane, n, i = np.meshgrid(range(4), range(8), range(2), indexing="ij")
+    columns = out[8 * n + 2 * lane + i].reshape(4, 2, 8, 64)  # of a lane's eights
+    rows = row + np.arange(4)[:, None, None] * 8 + np.arange(2)[:, None] * 32 + np.arange(8)
+    expected = np.where((rows < 96)[..., None], x[np.minimum(rows, 95), 16:], 0)
+    np.testing.assert_array_equal(columns, expected)
+    with pytest.raises(ShimError, match="no multiple of 32"):
+        hopper.launch("spread", ONE, (64, 1, 1), 1024 + out.nbytes, [map_of_x, out, *map(np.int32, (8192, 16, 8))])
+
+
+def aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """uint16 from a multiple of 16 bytes on."""
+    raw = np.zeros(int(np.prod(shape)) + 8, np.uint16)
+    start = -(raw.ctypes.data // 2) % 8
+    return raw[start : start + int(np.prod(shape))].reshape(shape)
+
+
 def copy_bytes(hopper, count=32, expected=32, at=4, to=4, publishes=1, waits=1) -> np.ndarray:
     """16 words, before the wait and after it: 1, but from `to` on what lies at 0, 1, 2, ... from `at` on."""
     x, out = np.arange(20, dtype=np.float32), np.zeros((2, 16), np.float32)
@@ -685,7 +725,7 @@ def test_exp2_fast(hopper):
 @pytest.mark.parametrize(
     ("dims", "strides", "box", "message"),
     [
-        ((64, 8), (128,), (64, 8), "three dimensions"),
+        ((64, 8), (128,), (64, 8), "three dimensions, or five"),
         ((64, 8, 1), (128, 1024), (32, 8, 1), "rows of a box"),
         ((64, 8, 1), (128, 1024), (64, 257, 1), "1 to 256"),
         ((64, 8, 0), (128, 1024), (64, 8, 1), "1 to 256"),

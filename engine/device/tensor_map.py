@@ -29,9 +29,9 @@ def rows(array: Array, B: int, T: int, columns: int) -> Array:
 
 
 def spread(array: Array, N: int, K: int) -> Array:
-    """The map, uint64 (16) on the device, of bf16 (N,K), N a multiple of 32, by boxes of 64 rows and 64 columns. Of each
-    32 rows 8 a + 2 b + i comes as 8 b + 2 a + i: if the product of a warpgroup has them as columns, then of each 32 a
-    thread has eight side by side, not four times two.
+    """The map, uint64 (16) on the device, of bf16 (N,K), N a multiple of 32, by boxes of 64 rows and 64 columns, row
+    8 a + 2 b + i of each 32 where rows() has row 8 b + 2 a + i. Where a product of a warpgroup has them as columns, a
+    thread then has, of each 32, eight side by side instead of four times two.
     """
     key = address_of(array), N, K
     if key not in _maps:
