@@ -102,7 +102,7 @@ __device__ __forceinline__ void store_tile(
 }
 
 // The ring of stages, for what comes in steps, to so many warpgroups. A stage is full when its bytes are there, and
-// empty when all warps have left it. It is filled anew LAG steps after its use: so far others may be behind the
+// empty when all have left it who use it. It is filled anew LAG steps after its use: so far others may be behind the
 // warpgroup of the thread that fills.
 template <int STAGES, int GROUPS>
 struct Ring {
@@ -111,12 +111,12 @@ struct Ring {
     static_assert(STAGES - LAG >= GROUPS - 1, "or its thread does not fill stages for the others");
     Barrier full[STAGES], empty[STAGES];
 
-    // All threads; a barrier besides, for what each warpgroup has for itself.
-    __device__ __forceinline__ void make(Barrier& own) {
+    // All threads: for so many calls of leave in a step, and a barrier besides for what each warpgroup has for itself.
+    __device__ __forceinline__ void make(int leavers, Barrier& own) {
         if (threadIdx.x == 0) {
             for (int i = 0; i < STAGES; i++) {
                 barrier_make(full[i], 1);
-                barrier_make(empty[i], GROUPS * GROUP / WARP);
+                barrier_make(empty[i], leavers);
             }
             barrier_make(own, 1);
             barriers_made();
@@ -140,9 +140,11 @@ struct Ring {
         __syncwarp();
     }
     __device__ __forceinline__ void wait_full(unsigned step) { barrier_wait(full[step % STAGES], step / STAGES & 1); }
-    // A warp is through with a stage: its threads have met, at a product, since they read there.
-    __device__ __forceinline__ void leave(unsigned step) {
-        if (threadIdx.x % WARP == 0) barrier_arrive(empty[step % STAGES]);
+    // A thread is through with a stage.
+    __device__ __forceinline__ void leave(unsigned step) { barrier_arrive(empty[step % STAGES]); }
+    // A warp is, of which no thread has read anything but by products.
+    __device__ __forceinline__ void leave_together(unsigned step) {
+        if (threadIdx.x % WARP == 0) leave(step);
     }
 };
 
@@ -183,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS* GROUP, FORWARD_BLOC
     const int end = min(block + FORWARD_GROUPS * ROWS, T), all_steps = (end - 1) / ROWS + 1;
     const FillKeys fill = {k, v, qkv, C, column, b};
     const bool fills = threadIdx.x == 0;
-    ring.make(queries);
+    ring.make(FORWARD_GROUPS * GROUP / WARP, queries);
     if (fills) {
         barrier_arrive_expecting(queries, FORWARD_GROUPS * HEAD_BYTES);
         for (int i = 0; i < FORWARD_GROUPS; i++) load_rows(q + i * HEAD, qkv, column, block + i * ROWS, b, queries);
@@ -260,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS* GROUP, FORWARD_BLOC
         products_wait<0>();
         products_done(o.x);
         products_done(p);
-        ring.leave(step);
+        ring.leave_together(step);
     }
     total0 = row_sum(total0);
     total1 = row_sum(total1);
@@ -319,7 +321,7 @@ extern "C" __global__ void __launch_bounds__(Q_GROUPS* GROUP, Q_BLOCKS) attentio
     const int end = min(block + Q_GROUPS * ROWS, T), all_steps = (end - 1) / ROWS + 1;
     const FillKeys fill = {k, v, qkv, C, column, b};
     const bool fills = threadIdx.x == 0;
-    ring.make(queries);
+    ring.make(Q_GROUPS * GROUP / WARP, queries);
     if (fills) {
         barrier_arrive_expecting(queries, Q_GROUPS * 2 * HEAD_BYTES);
         for (int i = 0; i < Q_GROUPS; i++) {
@@ -401,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(Q_GROUPS* GROUP, Q_BLOCKS) attentio
         products_wait<0>();
         products_done(dq.x);
         products_done(left_ds);
-        ring.leave(step);
+        ring.leave_together(step);
     }
     const size_t pitch = 3 * static_cast<size_t>(C);
     store_tile(dqkv + b * T * pitch + column, pitch, first, T, my_q, dq, scale, scale);
@@ -437,7 +439,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
         copy_bytes(queries[stage], of_head + 2 * start, BYTES, full);
     };
     const bool fills = threadIdx.x == 0;
-    ring.make(keys);
+    ring.make(GROUP, keys);
     if (fills) {
         barrier_arrive_expecting(keys, 2 * HEAD_BYTES);
         load_rows(k, qkv, C + column, first, b, keys);
@@ -502,7 +504,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
         products_done(left_p);
         products_done(dk.x);
         products_done(left_ds);
-        ring.leave(step);
+        ring.leave(step);  // each thread: it has read lse and D
     }
     const size_t pitch = 3 * static_cast<size_t>(C);
     bf16* const dhead = dqkv + b * T * pitch + column;

@@ -210,7 +210,7 @@ FAULTS = (
         ("more stages filled than there are steps", "step < min(STAGES, steps)", "step < STAGES"),
         (
             "a stage empty when one has left",
-            "barrier_make(empty[i], GROUPS * GROUP / WARP)",
+            "barrier_make(empty[i], leavers)",
             "barrier_make(empty[i], 1)",
         ),
         ("keys for values", "qkv, 2 * C + column, step", "qkv, C + column, step"),
@@ -277,7 +277,7 @@ FAULTS = (
             "        products_wait<0>();\n        products_done(o.x);\n",
             "",
         ),
-        ("a stage is never left", "        ring.leave(step);\n", ""),
+        ("a stage is never left", "        ring.leave_together(step);\n", ""),
         ("lse in base 2", "(top1 * scale + log2_fast(total1)) * LN2", "top1 * scale + log2_fast(total1)"),
         ("the total's logarithm in base e", "log2_fast(total1)) * LN2", "logf(total1)) * LN2"),
         ("the total's logarithm not taken", "+ log2_fast(total0)", "+ total0"),
@@ -323,7 +323,7 @@ FAULTS = (
         ("the scores not waited for", "        products_wait<1>();\n        products_done(p.x);\n", ""),
         ("dP not waited for", "        products_wait<0>();\n        products_done(ds.x);\n", ""),
         ("the last gradient not waited for", "        products_wait<0>();\n        products_done(dq.x);\n", ""),
-        ("a stage is never left", "        ring.leave(step);\n", ""),
+        ("a stage is never left", "        ring.leave_together(step);\n", ""),
         ("dq not scaled", "my_q, dq, scale, scale", "my_q, dq, 1.0f, 1.0f"),
     ),
     *_in(
