@@ -706,8 +706,8 @@ def hopper_attention(twin, monkeypatch):
 
         monkeypatch.setattr(kernels, "launch", launched)
         with_tail = {
-            name: (groups, stages, 2 * (-(-T // (64 * groups)) + 1) * tail // 5)
-            for name, (groups, stages, _) in attention.HOPPER[HS].items()
+            name: block._replace(room=2 * (-(-T // (64 * block.groups)) + 1) * tail // 5)
+            for name, block in attention.HOPPER[HS].items()
         }
         monkeypatch.setattr(attention, "HOPPER", {HS: with_tail})
         monkeypatch.setattr(attention, "MULTIPROCESSORS", 1)
@@ -743,7 +743,7 @@ def test_hopper_attention_begins_with_the_longest(hopper_attention, HS, name, ar
     Of forward and over queries the last blocks have the longest way to go, over keys the first.
     """
     B, T, NH, tail = 2, 150, 2, 3
-    rows = 64 * CUDA.attention.HOPPER[HS][name][0]
+    rows = 64 * CUDA.attention.HOPPER[HS][name].groups
     shares = range(-(-T // rows))
     order = [(0, share) for share in shares] + [(head, share) for share in shares for head in range(1, B * NH)]
     qkv, dout = normal(B, T, 3 * NH * HS), normal(B, T, NH * HS)

@@ -1,7 +1,7 @@
 """Causal self-attention: see engine/ops/numpy/attention.py; NH by lse's shape."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,11 +16,21 @@ THREADS = 128  # for them
 
 # Whether Hopper's kernels are taken where there are some: kernels_cu/attention_hopper.cu.
 for_hopper = False
-# By head size, as in that file: warpgroups of ROWS rows each in a block, the stages that they go through, and how many
-# blocks a multiprocessor has room for, which decides nothing but their order.
-HOPPER = {
-    64: {"forward": (1, 2, 5), "backward_q": (2, 4, 2), "backward_kv": (1, 2, 3)},
-    128: {"forward": (2, 2, 2), "backward_q": (2, 4, 1), "backward_kv": (1, 2, 2)},
+
+
+class Block(NamedTuple):
+    """What a block of Hopper's kernels is, as in that file: its warpgroups, of ROWS rows each, the stages that they go
+    through, and how many blocks a multiprocessor has room for, which decides nothing but their order.
+    """
+
+    groups: int
+    stages: int
+    room: int
+
+
+HOPPER = {  # by head size
+    64: {"forward": Block(1, 2, 5), "backward_q": Block(2, 4, 2), "backward_kv": Block(1, 2, 3)},
+    128: {"forward": Block(2, 2, 2), "backward_q": Block(2, 4, 1), "backward_kv": Block(1, 2, 2)},
 }
 
 
@@ -88,16 +98,16 @@ def _launch(name: str, B: int, NH: int, T: int, HS: int, *arrays: Array) -> None
 
 def _launch_hopper(name: str, B: int, NH: int, T: int, HS: int, *args: Any) -> None:
     """A kernel with a warpgroup for each ROWS rows of a head; two arrays' rows in a stage."""
-    (groups, stages, room), own = HOPPER[HS][name], 1 if name == "forward" else 2
-    shares = blocks(T, ROWS * groups)
+    block, own = HOPPER[HS][name], 1 if name == "forward" else 2
+    shares = blocks(T, ROWS * block.groups)
     # So many that the longest of their blocks, started first, end before the others do.
-    tail = min(B * NH, blocks(5 * room * MULTIPROCESSORS, 2 * (shares + 1)))
+    tail = min(B * NH, blocks(5 * block.room * MULTIPROCESSORS, 2 * (shares + 1)))
     kernels.launch(
         "attention_hopper",
         f"attention_hopper_{name}",
         (shares * B * NH,),
-        (THREADS * groups,),
+        (THREADS * block.groups,),
         *(*args, tail, B, T, NH),
-        shared_bytes=(own * groups + 2 * stages) * ROWS * HS * 2,
+        shared_bytes=(own * block.groups + 2 * block.stages) * ROWS * HS * 2,
         defines={"HS": HS},
     )
