@@ -6,6 +6,7 @@ It shows what a kernel computes, and races and deadlocks that a GPU shows now an
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -46,10 +47,9 @@ class ShimModule:
         self, source: Path, defines: Mapping[str, str], include: Sequence[Path], kernels: Mapping[str, Sequence[str]]
     ):
         """kernels: the name of each extern "C" __global__ kernel -> its C parameter types in order."""
-        paths = [argument for path in (HERE, *include) for argument in ("-I", str(Path(path).resolve()))]
         macros = [f"-D{name}={value}" for name, value in defines.items()]
-        text = f'#include "{Path(source).resolve()}"\n' + "".join(_trampoline(*kernel) for kernel in kernels.items())
-        self.library = ctypes.PyDLL(str(_compile(text, [*FLAGS, *macros, *paths, "-include", "cuda_on_cpu.h"])))
+        more = "".join(_trampoline(*kernel) for kernel in kernels.items())
+        self.library = ctypes.PyDLL(str(_compile(Path(source), more, [*FLAGS, *macros], [HERE, *map(Path, include)])))
         self.sizes = {
             name: list((ctypes.c_uint * len(types)).in_dll(self.library, f"shim_sizes_{name}"))
             for name, types in kernels.items()
@@ -120,25 +120,27 @@ static_assert(std::is_same_v<decltype(&{name}), void (*)({", ".join(types)})>, "
 """
 
 
-def _compile(text: str, flags: Sequence[str]) -> Path:
-    """The library, compiled unless the same source with the same flags has been before, wherever it lay."""
-    preprocessed = _run([COMPILER, *flags, "-E", "-x", "c++", "-"], text.encode())
-    options = [flag for flag in flags if flag.startswith(("-f", "-O", "-std", "-w"))]
-    code = (line for line in preprocessed.splitlines() if not line.startswith(b"# "))  # that tells lines and files
-    digest = hashlib.sha256(b"\n".join([" ".join(options).encode(), *code])).hexdigest()
+def _compile(source: Path, more: str, flags: Sequence[str], include: Sequence[Path]) -> Path:
+    """The library of a source and what comes behind it, compiled unless the same, with the same headers beside it, has
+    been before, wherever it lay. (To preprocess it first, to see which headers matter, takes longer than most tests.)
+    """
+    headers = [(path.name, path.read_text()) for folder in include for path in sorted(folder.glob("*.*h"))]
+    compiler = Path(shutil.which(COMPILER) or COMPILER)
+    parts = [str(compiler), compiler.stat().st_mtime_ns, *flags, source.read_text(), more, *headers]
     folder = Path(tempfile.gettempdir()) / f"backhand-shim-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    library = folder / f"{digest}.so"
+    library = folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.so"
     if not library.exists():
         # Under another name first: two processes may do so at once.
-        partial = folder / f"{digest}.{os.getpid()}.so"
-        _run([COMPILER, *options, "-shared", "-x", "c++-cpp-output", "-", "-o", str(partial)], preprocessed)
+        partial = folder / f"{library.stem}.{os.getpid()}.so"
+        paths = [argument for path in include for argument in ("-I", str(path.resolve()))]
+        text = f'#include "{source.resolve()}"\n{more}'
+        command = [
+            *(COMPILER, *flags, *paths, "-include", "cuda_on_cpu.h"),
+            *("-shared", "-x", "c++", "-", "-o", partial),
+        ]
+        result = subprocess.run(command, input=text.encode(), capture_output=True, check=False)
+        if result.returncode:
+            raise ShimError(f"{' '.join(map(str, command))}\n{result.stderr.decode(errors='replace')}")
         partial.replace(library)
     return library
-
-
-def _run(command: Sequence[str], text: bytes) -> bytes:
-    result = subprocess.run(command, input=text, capture_output=True, check=False)
-    if result.returncode:
-        raise ShimError(f"{' '.join(command)}\n{result.stderr.decode(errors='replace')}")
-    return result.stdout
