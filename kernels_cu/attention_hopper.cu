@@ -20,7 +20,7 @@ constexpr int FORWARD_GROUPS = 1, FORWARD_BLOCKS = 5, Q_BLOCKS = 2, KV_BLOCKS = 
 constexpr int FORWARD_GROUPS = 2, FORWARD_BLOCKS = 2, Q_BLOCKS = 1, KV_BLOCKS = 2;
 #endif
 constexpr int Q_GROUPS = 2;
-constexpr int STAGES = 2, Q_STAGES = 4;
+constexpr int FORWARD_STAGES = 2, Q_STAGES = 4, KV_STAGES = 2;
 
 constexpr int HEAD = ROWS * HS;  // elements of 64 rows of a head, as many as a stage has: boxes, side by side
 constexpr int HEAD_BYTES = HEAD * 2;
@@ -174,8 +174,8 @@ extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS* GROUP, FORWARD_BLOC
     DYNAMIC_SHARED(bf16, shared);
     bf16* const q = shared;
     bf16* const k = q + FORWARD_GROUPS * HEAD;  // the stages' keys,
-    bf16* const v = k + STAGES * HEAD;          // and values
-    __shared__ Ring<STAGES, FORWARD_GROUPS> ring;
+    bf16* const v = k + FORWARD_STAGES * HEAD;  // and values
+    __shared__ Ring<FORWARD_STAGES, FORWARD_GROUPS> ring;
     __shared__ Barrier queries;
 
     const int shares = (T - 1) / (FORWARD_GROUPS * ROWS) + 1;
@@ -202,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS* GROUP, FORWARD_BLOC
     // Where all its queries lie beyond T a warpgroup goes along: every warp must leave a stage.
     const int last = min(first, end - 1) / ROWS;
     for (int step = 0; step <= last; step++) {
-        const int now = step % STAGES * HEAD_BYTES;
+        const int now = step % FORWARD_STAGES * HEAD_BYTES;
         Tile<ROWS> s;
         ring.wait_full(step);
         products_begin();
@@ -420,11 +420,11 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
     DYNAMIC_SHARED(bf16, shared);
     bf16* const k = shared;
     bf16* const v = k + HEAD;
-    bf16* const q = v + HEAD;            // the stages' queries,
-    bf16* const dy = q + STAGES * HEAD;  // and the gradients of their outputs
-    __shared__ Ring<STAGES, 1> ring;
+    bf16* const q = v + HEAD;               // the stages' queries,
+    bf16* const dy = q + KV_STAGES * HEAD;  // and the gradients of their outputs
+    __shared__ Ring<KV_STAGES, 1> ring;
     __shared__ Barrier keys;
-    __shared__ __align__(16) float queries[STAGES][2][ROWS];  // their statistics
+    __shared__ __align__(16) float queries[KV_STAGES][2][ROWS];  // their statistics
 
     const Task task(B, NH, blocks, tail);
     const int C = NH * HS, column = task.column, b = task.b, block = task.share;
@@ -453,7 +453,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, KV_BLOCKS) attention_hopper_
     barrier_wait(keys, 0);
     Tile<HS> dk, dv;
     for (int step = 0; step < steps; step++) {
-        const int stage = step % STAGES, now = stage * HEAD_BYTES;
+        const int stage = step % KV_STAGES, now = stage * HEAD_BYTES;
         Tile<ROWS> p, ds;
         ring.wait_full(step);
         products_begin();

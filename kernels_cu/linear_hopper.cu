@@ -99,9 +99,8 @@ __device__ __forceinline__ void forward(
                 if (of_bias) copy_bytes(biases + number % 2 * COLUMNS, bias + n, of_bias * sizeof(bf16), there);
                 for (int i = 0; i < GROUPS; i++) copy_box(stage + i * BOX, inp, k, m + i * ROWS, 0, there);
 #pragma unroll 1  // few registers
-                for (int i = block * BOXES / CLUSTER; i < (block + 1) * BOXES / CLUSTER; i++) {
+                for (int i = block * BOXES / CLUSTER; i < (block + 1) * BOXES / CLUSTER; i++)
                     copy_spread_to_all(CLUSTER, stage + (GROUPS + i) * BOX, weight, k, n + i * 64, there);
-                }
             }
         }
     } else {

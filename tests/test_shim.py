@@ -648,7 +648,7 @@ def test_rows_come_spread(hopper, row):
     """Of each 32 the columns that a thread has of a product are eight side by side, beyond the last row zeros."""
     x = np.arange(96 * 80, dtype=np.uint16).reshape(96, 80)
     map_of_x = tensor_map(x, (80, 2, 4, 4, 3), [160 * rows for rows in (1, 8, 2, 32)], (64, 2, 4, 4, 2))
-    out = aligned((64, 64))
+    out = np.zeros((64, 64), np.uint16)
     hopper.launch("spread", ONE, (64, 1, 1), 1024 + out.nbytes, [map_of_x, out, *map(np.int32, (out.nbytes, 16, row))])
     lane, n, i = np.meshgrid(range(4), range(8), range(2), indexing="ij")
     columns = out[8 * n + 2 * lane + i].reshape(4, 2, 8, 64)  # of a lane's eights
@@ -657,13 +657,6 @@ def test_rows_come_spread(hopper, row):
     np.testing.assert_array_equal(columns, expected)
     with pytest.raises(ShimError, match="no multiple of 32"):
         hopper.launch("spread", ONE, (64, 1, 1), 1024 + out.nbytes, [map_of_x, out, *map(np.int32, (8192, 16, 8))])
-
-
-def aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """uint16 from a multiple of 16 bytes on."""
-    raw = np.zeros(int(np.prod(shape)) + 8, np.uint16)
-    start = -(raw.ctypes.data // 2) % 8
-    return raw[start : start + int(np.prod(shape))].reshape(shape)
 
 
 def copy_bytes(hopper, count=32, expected=32, at=4, to=4, publishes=1, waits=1) -> np.ndarray:

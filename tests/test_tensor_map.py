@@ -65,6 +65,7 @@ def test_what_the_driver_is_told(monkeypatch, driver):
 
 def test_rows_that_are_spread(monkeypatch, driver):
     monkeypatch.setattr(tensor_map, "_driver", lambda: driver)
+    monkeypatch.setattr(tensor_map, "_maps", {})
     monkeypatch.setattr(tensor_map.cuda, "to_device", lambda host: host)
     array = np.zeros((96, 128), ml_dtypes.bfloat16)
     told = tensor_map.spread(array, 96, 128)
